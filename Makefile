@@ -1,0 +1,38 @@
+# make demo: environment, install, data, the default recipe's stages. make test: environment, install, the tests.
+# Settings: PYTHON (interpreter, at least 3.11), VENV (where the environment lives), ARGS (passed on).
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+RUN = $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-floor lint torture schema clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+env: $(VENV)/.installed  ## the environment alone
+
+$(VENV)/.installed: pyproject.toml constraints.txt scripts/setup.sh
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" bash scripts/setup.sh
+
+demo: env  ## the default recipe's stages on real text; a second run finds them done
+	@$(RUN) pipelines/run.py --all $(ARGS)
+
+test: env lint  ## ruff, mypy and the tests (CPU, no network)
+	@$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+
+lint: env  ## ruff and mypy alone
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+
+test-floor:  ## the tests on the oldest supported transformers, in an environment of its own
+	@$(MAKE) --no-print-directory test VENV=.venv-floor CONSTRAINTS=constraints-floor.txt
+
+torture: env  ## 60 SIGKILLs, flipped bytes, a full disk; each must end bit-equal
+	@$(RUN) scripts/torture.py $(ARGS)
+
+schema: env  ## write pipelines/recipes/schema.json anew
+	@$(RUN) -m pipelines.recipe --write-schema
+
+clean:  ## remove the environment and caches; runs/ stays
+	rm -rf $(VENV) .venv-floor .cache .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Text to tokens: fetching, cleaning, tokenizers, shards, loading. Knows nothing of models."""

@@ -1,0 +1,120 @@
+"""A directory of one's own text as sources of the clean stage, in place of the recipe's (``--data DIR``)."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data.sources import SourceError
+
+CODE_ENDINGS = {".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".rs", ".go", ".js", ".ts", ".java", ".sh", ".sql"}
+TEXT_ENDINGS = {".txt", ".md", ".rst"}
+ROW_ENDINGS = {".jsonl", ".ndjson", ".parquet"}
+TEXT_FIELDS = ("text", "content", "document", "body")
+SAMPLE_BYTES = 20_000
+# A text file larger than this is taken for a collection of documents between blank lines, not for one document.
+COLLECTION_BYTES = 200_000
+
+
+def sources_from_directory(directory: Path) -> list[dict[str, Any]]:
+    """Configs of ``files`` sources that read all text under ``directory``, grouped by language and way of reading.
+
+    ``.txt``, ``.md`` and ``.rst`` are prose (a large file is split at blank lines), ``.jsonl``, ``.ndjson`` and
+    ``.parquet`` hold a document a row in the field ``text``, ``content``, ``document`` or ``body``; program files are
+    code. The language is told from each file's beginning. Hidden files and others are left out. Raises ``SourceError``
+    when nothing is left.
+    """
+    directory = Path(directory).resolve()
+    if not directory.is_dir():
+        raise SourceError("data", "path", f"--data must be a folder; got {directory}")
+    groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for path in _visible_files(directory):
+        groups[_describe(path)].append(path.relative_to(directory).as_posix())
+    if not groups:
+        endings = " ".join(sorted(TEXT_ENDINGS | ROW_ENDINGS | CODE_ENDINGS))
+        raise SourceError("data", "path", f"--data {directory} holds no text; files that are read: {endings}")
+    return [_source(directory, group, files) for group, files in sorted(groups.items())]
+
+
+def _visible_files(directory: Path) -> Iterator[Path]:
+    for path in sorted(directory.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
+        if path.is_file() and not hidden and _kind(path):
+            yield path
+
+
+def _kind(path: Path) -> str | None:
+    ending = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if ending in CODE_ENDINGS:
+        return "code"
+    if ending in TEXT_ENDINGS:
+        return "collection" if path.stat().st_size > COLLECTION_BYTES else "text"
+    return "rows" if ending in ROW_ENDINGS else None
+
+
+def _describe(path: Path) -> tuple[str, str, str]:
+    """(kind, language, field that holds the text) of one file."""
+    kind = _kind(path) or "text"
+    if kind == "code":
+        return kind, "code", ""
+    if kind == "rows":
+        rows = _first_rows(path)
+        field = next((name for name in TEXT_FIELDS if rows and name in rows[0]), "text")
+        return kind, detect_language(" ".join(str(row.get(field, "")) for row in rows)), field
+    with path.open("rb") as content:
+        return kind, detect_language(content.read(SAMPLE_BYTES).decode("utf-8", errors="ignore")), ""
+
+
+def _first_rows(path: Path) -> list[dict[str, Any]]:
+    """The first readable rows; empty when there are none, which the stage then reports."""
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        return next(parquet.ParquetFile(path).iter_batches(batch_size=20)).to_pylist()
+    import gzip
+
+    rows = []
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+        for line, _ in zip(lines, range(20), strict=False):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                rows.append(row)
+    return rows
+
+
+def detect_language(text: str) -> str:
+    """ISO 639 code of the most likely language of ``text``."""
+    import py3langid
+
+    return str(py3langid.classify(text[:SAMPLE_BYTES])[0])
+
+
+def _source(directory: Path, group: tuple[str, str, str], files: list[str]) -> dict[str, Any]:
+    kind, language, field = group
+    suffix = f"-{field}" if field not in ("", "text") else ""
+    name = "own-code" if kind == "code" else f"own-{kind}-{language}{suffix}"
+    config: dict[str, Any] = {
+        "type": "files",
+        "name": name,
+        "language": language,
+        "licence": "own text",
+        "rules": "code" if kind == "code" else "prose",
+        "path": str(directory),
+        "include": [_escape(file) for file in files],
+    }
+    if kind == "rows":
+        config["template"] = f"{{{field}}}"
+    if kind == "collection":
+        config["split"] = "blank_line"
+    return config
+
+
+def _escape(file: str) -> str:
+    """``file`` as a glob pattern that matches it alone."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in file)

@@ -1,0 +1,132 @@
+"""Where raw text comes from, as plain validated data: pinned packages, one's own files, a hub's dataset."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+RuleSet = Literal["web", "prose", "messages", "code", "none"]
+FileFormat = Literal["auto", "text", "jsonl", "json", "parquet", "gettext"]
+NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
+
+
+class Section(BaseModel):
+    """A frozen section that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class SourceBase(Section):
+    """What every source says of itself."""
+
+    name: str = Field(pattern=NAME)
+    """Name of the source: its files in the corpus, its share in a mixture."""
+    language: str = Field(pattern=r"^([a-z]{2,3}|code)$")
+    """ISO 639 code of the text (``en``, ``de``, ``hi``), or ``code``; decides the language check."""
+    licence: str = Field(min_length=1)
+    """Licence of the text, stated in the corpus."""
+    rules: RuleSet
+    """Quality rules: ``web`` (Gopher, FineWeb), ``prose`` (edited text), ``messages``, ``code``, or ``none``."""
+    min_words: int = Field(5, ge=0)
+    """Shortest document that is kept, in words (``rules: none`` keeps all)."""
+    language_threshold: float = Field(0.05, ge=0, lt=1)
+    """A document is dropped when the probability of its source's language is below this; 0 turns the check off."""
+    template: str = "{text}"
+    """How a row (JSON, JSONL, Parquet, hub) becomes text: ``{field}`` or ``{field.key}``; a list or mapping of options
+    is rendered one ``A. ...`` a line."""
+    title: str | None = None
+    """Field of a row that holds the document's title; text files and code take their path."""
+
+
+class FileReading(SourceBase):
+    """Reading from files: which, and how each becomes documents."""
+
+    include: list[str] = Field(min_length=1)
+    """Glob patterns relative to the source's root; ``**`` crosses folders."""
+    exclude: list[str] = []
+    """Glob patterns of files to leave out."""
+    format: FileFormat = "auto"
+    """How files are read; ``auto`` goes by the ending."""
+    split: Literal["file", "blank_line"] = "file"
+    """For text files: one document a file, or one between blank lines."""
+    message_min_words: int = Field(3, ge=1)
+    """For gettext catalogs: shorter translations are left out."""
+    message_document_bytes: int = Field(1500, ge=1)
+    """For gettext catalogs: consecutive translations are gathered, one a line, into documents of about this size."""
+
+
+class Package(Section):
+    """One pinned distribution of the Python package index."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name on the index."""
+    version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.!+_-]*$")
+    """Exact version."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """SHA-256 of the wheel."""
+
+
+class PackageSource(FileReading):
+    """Files that pinned packages ship."""
+
+    type: Literal["package"]
+    """Files inside pinned wheels."""
+    packages: list[Package] = Field(min_length=1)
+    """The packages, read in this order."""
+
+
+class FilesSource(FileReading):
+    """One's own files."""
+
+    type: Literal["files"]
+    """Files on this machine."""
+    path: str = Field(json_schema_extra={"operational": True})
+    """Folder or file; only its content enters the stage's key, not where it lies."""
+
+
+class HubSource(SourceBase):
+    """A dataset of the Hugging Face hub, streamed at a pinned revision."""
+
+    type: Literal["hub"]
+    """A data set of the Hugging Face hub, streamed."""
+    repository: str = Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")
+    """``owner/name`` of the dataset."""
+    revision: str = Field(pattern=r"^[0-9a-f]{40}$")
+    """Commit of the dataset: 40 hex digits, so that the same recipe always reads the same rows."""
+    subset: str | None = None
+    """Configuration of the dataset (``sample-10BT``, ``deu_Latn``)."""
+    hub_split: str = "train"
+    """Split of the dataset to read."""
+    max_documents: int | None = Field(None, ge=1)
+    """Stop after this many rows; none reads all."""
+
+
+FileSource = PackageSource | FilesSource
+Source = Annotated[PackageSource | FilesSource | HubSource, Field(discriminator="type")]
+
+
+class HeldoutConfig(Section):
+    """The held-out split: chosen by document hash, per source, so that a document never changes sides."""
+
+    share: float = Field(0.03, gt=0, lt=0.5)
+    """Share of a source's documents that is held out."""
+    min_documents: int = Field(20, ge=1)
+    """At least this many a source (never more than half of it)."""
+    ngram: int = Field(13, ge=5, le=50)
+    """A training document that shares this many consecutive words with a held-out one is removed."""
+    common_documents: int = Field(10, ge=0)
+    """Word sequences found in more training documents than this are boilerplate (licence headers) and do not count."""
+
+
+class DedupConfig(Section):
+    """Duplicate removal over all sources: exact always, near by MinHash (Broder 1997) with banding."""
+
+    near: bool = True
+    """Whether near duplicates are removed too."""
+    shingle_words: int = Field(5, ge=1, le=20)
+    """Words a shingle."""
+    buckets: int = Field(14, ge=1, le=100)
+    """Bands; two documents that agree on one whole band are near duplicates."""
+    hashes_per_bucket: int = Field(8, ge=1, le=100)
+    """Hashes a band; the threshold is about (1 / buckets) ** (1 / hashes_per_bucket)."""

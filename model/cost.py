@@ -1,0 +1,260 @@
+"""What a model costs, before any of it exists: exact parameters, FLOPs, decoding state, training memory. No torch here.
+
+Counts are exact integers, equal to the built model's. FLOPs are the hybrid's own arithmetic, a multiply-add being two.
+Memory is a stated model of what training holds; what a layer keeps for backward is in ``model.activations``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from model.activations import activation_bytes
+from model.mixer_cost import MIXER_COSTS
+from model.spec import AttentionSpec, ModelSpec
+
+__all__ = [
+    "LayerCount",
+    "MemoryEstimate",
+    "ParameterCount",
+    "activation_bytes",
+    "checkpoint_bytes",
+    "count_parameters",
+    "forward_flops_per_token",
+    "gradient_bytes",
+    "kv_cache_bytes",
+    "memory_per_gpu",
+    "mixer_state_bytes",
+    "optimizer_bytes",
+    "training_flops_per_token",
+    "weight_bytes",
+    "weights_file_bytes",
+]
+
+FP32_BYTES, BF16_BYTES = 4, 2
+Precision = Literal["bf16", "fp32"]
+
+# DeepSpeed's defaults, in elements: what ZeRO-1/2 reduce at once, and what ZeRO-3 keeps gathered at once.
+BUCKET_ELEMENTS = 500_000_000
+LIVE_ELEMENTS = 1_000_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCount:
+    """Parameters of one block: the mixer's projections and the rest of it, SwiGLU, and the two norms before them."""
+
+    word: str
+    mixer: str
+    projections: int
+    mixer_other: int
+    mlp: int
+    norms: int
+
+    @property
+    def mixer_total(self) -> int:
+        """All of the mixer's parameters."""
+        return self.projections + self.mixer_other
+
+    @property
+    def total(self) -> int:
+        """All of the block's parameters."""
+        return self.mixer_total + self.mlp + self.norms
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterCount:
+    """Exact parameters. ``embedding`` holds the input embedding and, where it is not tied, the head."""
+
+    embedding: int
+    final_norm: int
+    layers: tuple[LayerCount, ...]
+
+    @property
+    def total(self) -> int:
+        """All parameters, a tied head counted once."""
+        return self.embedding + self.non_embedding
+
+    @property
+    def non_embedding(self) -> int:
+        """Blocks and final norm."""
+        return self.final_norm + sum(layer.total for layer in self.layers)
+
+    @property
+    def mlp(self) -> int:
+        """SwiGLU weights of all blocks."""
+        return sum(layer.mlp for layer in self.layers)
+
+    @property
+    def by_mixer(self) -> dict[str, int]:
+        """Parameters of all layers' mixers, by kind of mixer."""
+        counts: dict[str, int] = {}
+        for layer in self.layers:
+            counts[layer.mixer] = counts.get(layer.mixer, 0) + layer.mixer_total
+        return counts
+
+
+def count_parameters(spec: ModelSpec) -> ParameterCount:
+    """The exact parameters of the model that ``spec`` describes."""
+    layers = []
+    for word, mixer in zip(spec.layer_words, spec.layer_mixers, strict=True):
+        cost = MIXER_COSTS[mixer.mixer]
+        projections = cost.projection_parameters(mixer, spec.d_model)
+        other = cost.other_parameters(mixer, spec.d_model)
+        mlp, norms = 3 * spec.d_model * spec.d_ff, 2 * spec.d_model
+        layers.append(LayerCount(word, mixer.mixer, projections, other, mlp, norms))
+    matrices = 1 if spec.tie_embeddings else 2
+    return ParameterCount(matrices * spec.vocab_size * spec.d_model, spec.d_model, tuple(layers))
+
+
+def matmul_parameters(spec: ModelSpec) -> int:
+    """Weights that every token is multiplied with: projections, SwiGLU, head; not the embedding's look-up."""
+    layers = count_parameters(spec).layers
+    return sum(layer.projections + layer.mlp for layer in layers) + spec.vocab_size * spec.d_model
+
+
+def forward_flops_per_token(spec: ModelSpec, seq_len: int) -> float:
+    """FLOPs of one forward pass a token, averaged over documents of ``seq_len`` tokens.
+
+    ``2`` a weight of every matrix product, and each mixer's own work over the sequence: chunked scans at their chunk
+    size, attention over the pairs that its mask shows. Norms, activations and rotations are left out (well under 1%).
+    """
+    mixers = sum(MIXER_COSTS[m.mixer].sequence_flops(m, spec.d_model, seq_len) for m in spec.layer_mixers)
+    return 2.0 * matmul_parameters(spec) + mixers
+
+
+def training_flops_per_token(spec: ModelSpec, seq_len: int) -> float:
+    """Forward and backward FLOPs a token: backward is twice forward (one product for inputs, one for weights).
+
+    Recomputation under activation checkpointing is not counted, so that utilisation (MFU) stays comparable.
+    """
+    return 3.0 * forward_flops_per_token(spec, seq_len)
+
+
+def mixer_state_bytes(spec: ModelSpec, dtype_bytes: int = BF16_BYTES) -> int:
+    """Bytes of one sequence's recurrent state, whatever its length: SSM and GLA states in fp32, convolution inputs in
+    ``dtype_bytes`` each.
+    """
+    return sum(MIXER_COSTS[m.mixer].state_bytes(m, spec.d_model, dtype_bytes) for m in spec.layer_mixers)
+
+
+def kv_cache_bytes(spec: ModelSpec, seq_len: int, dtype_bytes: int = BF16_BYTES) -> int:
+    """Bytes of one sequence's keys and values after ``seq_len`` tokens; a window bounds them by window + global."""
+    total = 0
+    for mixer in spec.layer_mixers:
+        if isinstance(mixer, AttentionSpec):
+            tokens = MIXER_COSTS[mixer.mixer].cache_tokens(mixer, seq_len)
+            total += 2 * mixer.n_kv_heads * mixer.head_dim * tokens * dtype_bytes
+    return total
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one GPU at the peak of a training step, and ``host_bytes`` of its share of the host's memory."""
+
+    weights_bytes: int
+    casts_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    buffers_bytes: int
+    activations_bytes: int
+    host_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the GPU: everything but the host's."""
+        return sum(dataclasses.astuple(self)) - self.host_bytes
+
+
+def weight_bytes(spec: ModelSpec, *, zero_stage: int, world_size: int) -> int:
+    """fp32 parameters on one device: all of them, or one rank's share under ZeRO-3 (torch autocast casts copies)."""
+    total = FP32_BYTES * count_parameters(spec).total
+    return _share(total, world_size) if zero_stage == 3 else total
+
+
+def gradient_bytes(spec: ModelSpec, *, zero_stage: int, world_size: int) -> int:
+    """fp32 gradients on one rank: all of them under ZeRO-0/1, one rank's share under ZeRO-2/3."""
+    total = FP32_BYTES * count_parameters(spec).total
+    return _share(total, world_size) if zero_stage >= 2 else total
+
+
+def optimizer_bytes(spec: ModelSpec, *, zero_stage: int, world_size: int, offload: bool = False) -> int:
+    """AdamW's two fp32 moments, one rank's share from ZeRO-1 on, and a master copy where DeepSpeed makes one.
+
+    DeepSpeed clones the partition it updates under ZeRO-1/2, although the weights are fp32 already; ZeRO-3 does so only
+    when the optimizer is off-loaded; ZeRO-0 updates the weights themselves.
+    """
+    parameters = count_parameters(spec).total
+    master = zero_stage in (1, 2) or (zero_stage == 3 and offload)
+    total = (3 if master else 2) * FP32_BYTES * parameters
+    return _share(total, world_size) if zero_stage else total
+
+
+def checkpoint_bytes(spec: ModelSpec, *, zero_stage: int) -> int:
+    """Engine state on disk for resume, all ranks together: the fp32 weights and the optimizer's state."""
+    return FP32_BYTES * count_parameters(spec).total + optimizer_bytes(spec, zero_stage=zero_stage, world_size=1)
+
+
+def weights_file_bytes(spec: ModelSpec, dtype_bytes: int = FP32_BYTES) -> int:
+    """Tensor bytes of the exported safetensors files, ``dtype_bytes`` a parameter."""
+    return dtype_bytes * count_parameters(spec).total
+
+
+def memory_per_gpu(
+    spec: ModelSpec,
+    *,
+    zero_stage: int,
+    world_size: int,
+    micro_batch_size: int,
+    seq_len: int,
+    precision: Precision = "bf16",
+    offload: bool = False,
+    activation_checkpointing: bool = False,
+) -> MemoryEstimate:
+    """Peak memory of one rank in a training step of this project's engine: fp32 weights, torch autocast for bf16.
+
+    ``casts_bytes`` are autocast's bf16 copies of the matrices, kept from forward to backward. ``offload`` puts the
+    shares of gradients and optimizer state on the host, and under ZeRO-3 that of the weights (``zero3_cpu_offload``).
+    The allocator's slack and the CUDA context (1-2 GB) come on top.
+
+    Raises:
+        ValueError: for a ZeRO stage, size or combination that does not exist, naming the field.
+    """
+    _check(zero_stage, world_size, micro_batch_size, seq_len, offload)
+    facts = {"zero_stage": zero_stage, "world_size": world_size}
+    weights, gradients = weight_bytes(spec, **facts), gradient_bytes(spec, **facts)
+    states = optimizer_bytes(spec, **facts, offload=offload)
+    moved = weights if offload and zero_stage == 3 else 0
+    return MemoryEstimate(
+        weights_bytes=weights - moved,
+        casts_bytes=BF16_BYTES * matmul_parameters(spec) if precision == "bf16" else 0,
+        gradients_bytes=0 if offload else gradients,
+        optimizer_bytes=0 if offload else states,
+        buffers_bytes=_buffer_bytes(spec, zero_stage),
+        activations_bytes=activation_bytes(spec, seq_len, micro_batch_size, activation_checkpointing, precision),
+        host_bytes=moved + gradients + states if offload else 0,
+    )
+
+
+def _buffer_bytes(spec: ModelSpec, zero_stage: int) -> int:
+    """Reduction buckets of ZeRO-1/2/3, and the gathered weights of ZeRO-3, at DeepSpeed's sizes, in fp32."""
+    parameters = count_parameters(spec).total
+    buckets = min(parameters, BUCKET_ELEMENTS) if zero_stage else 0
+    gathered = min(parameters, LIVE_ELEMENTS) if zero_stage == 3 else 0
+    return FP32_BYTES * (buckets + gathered)
+
+
+def _check(zero_stage: int, world_size: int, micro_batch_size: int, seq_len: int, offload: bool) -> None:
+    faults = []
+    if zero_stage not in (0, 1, 2, 3):
+        faults.append(f"zero_stage must be 0, 1, 2 or 3; got {zero_stage}; set 1")
+    sizes = {"world_size": world_size, "micro_batch_size": micro_batch_size, "seq_len": seq_len}
+    faults += [f"{name} must be at least 1; got {size}; set 1" for name, size in sizes.items() if size < 1]
+    if offload and zero_stage == 0:
+        faults.append("offload needs ZeRO; got zero_stage 0; set zero_stage 3")
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def _share(total: int, world_size: int) -> int:
+    """One rank's part, rounded up: DeepSpeed pads partitions to the same size."""
+    return -(-total // world_size)

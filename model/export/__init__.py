@@ -1,0 +1,1 @@
+"""Foreign formats: the only rooms that speak other projects' names."""

@@ -1,0 +1,213 @@
+"""What one layer's mixer costs: parameters, FLOPs, bytes. One class and one line of ``MIXER_COSTS`` a mixer; no torch.
+
+Legend: T tokens in the sequence, D d_model, H heads, P head_dim (Mamba-2) or value channels (GLA), K key channels,
+N d_state, G groups, Q chunk_size, C convolution channels. A multiply-add counts as two FLOPs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from model.spec import AttentionSpec, GLASpec, Mamba2Spec
+
+FP32_BYTES = 4
+GLA_BLOCK = 1
+"""Tokens a block at the diagonal of GLA's scores: the halving goes down to single tokens."""
+
+
+class MixerCost(Protocol):
+    """The arithmetic that every mixer must give; ``mixer`` is its spec, ``d_model`` the model's width."""
+
+    def projection_parameters(self, mixer: Any, d_model: int) -> int:
+        """Weights of the linear projections: what autocast runs as matrix products."""
+
+    def other_parameters(self, mixer: Any, d_model: int) -> int:
+        """Convolution, norms, biases, decays: everything that is not a projection's weight."""
+
+    def sequence_flops(self, mixer: Any, d_model: int, seq_len: int) -> float:
+        """Forward FLOPs a token beyond the projections, averaged over a document of ``seq_len`` tokens."""
+
+    def state_bytes(self, mixer: Any, d_model: int, dtype_bytes: int) -> int:
+        """Bytes of one sequence's decoding state that do not grow with its length."""
+
+    def cache_tokens(self, mixer: Any, seq_len: int) -> int:
+        """Tokens whose keys and values stay in the cache after ``seq_len`` tokens."""
+
+    def saved_bytes(self, mixer: Any, d_model: int, seq_len: int, dtype_bytes: int) -> float:
+        """Bytes a token that the PyTorch path keeps for backward in packed rows of ``seq_len`` tokens; projections give
+        ``dtype_bytes`` an element, the rest is fp32.
+        """
+
+
+class Mamba2Cost:
+    """Mamba-2: x, z, B, C, dt from one projection, causal convolution over x, B, C, SSD, gated norm, projection."""
+
+    def sizes(self, mixer: Mamba2Spec, d_model: int) -> tuple[int, int, int]:
+        """``(d_inner, heads, convolution channels)``."""
+        d_inner = mixer.expand * d_model
+        return d_inner, d_inner // mixer.head_dim, d_inner + 2 * mixer.n_groups * mixer.d_state
+
+    def projection_parameters(self, mixer: Mamba2Spec, d_model: int) -> int:
+        """``D (d_inner + C + H)`` in, ``d_inner D`` out, no biases."""
+        d_inner, heads, channels = self.sizes(mixer, d_model)
+        return d_model * (d_inner + channels + heads) + d_inner * d_model
+
+    def other_parameters(self, mixer: Mamba2Spec, d_model: int) -> int:
+        """Convolution ``C (taps + 1)``, gated norm ``d_inner``, and A_log, D, dt_bias a head."""
+        d_inner, heads, channels = self.sizes(mixer, d_model)
+        return channels * (mixer.d_conv + 1) + d_inner + 3 * heads
+
+    def sequence_flops(self, mixer: Mamba2Spec, d_model: int, seq_len: int) -> float:
+        """The chunked form (Dao and Gu 2024, section 6), a token: C B^T against its whole chunk, ``2 Q N`` a group;
+        the masked scores times x, ``2 Q P`` a head; writing the chunk's state and reading the last, ``4 N P`` a head;
+        ``2 taps`` a channel of the convolution. Whole Q x Q blocks are computed, so the masked half counts.
+        """
+        _, heads, channels = self.sizes(mixer, d_model)
+        scores = 2 * mixer.chunk_size * mixer.d_state * mixer.n_groups
+        values = 2 * mixer.chunk_size * mixer.head_dim * heads
+        states = 4 * mixer.d_state * mixer.head_dim * heads
+        scan = (scores + values + states) * padded_share(seq_len, mixer.chunk_size)
+        return scan + 2.0 * mixer.d_conv * channels
+
+    def state_bytes(self, mixer: Mamba2Spec, d_model: int, dtype_bytes: int) -> int:
+        """``H P N`` in fp32 (TRAPS K6), and the last ``taps - 1`` inputs of the convolution in the model's dtype."""
+        _, heads, channels = self.sizes(mixer, d_model)
+        return heads * mixer.head_dim * mixer.d_state * FP32_BYTES + channels * (mixer.d_conv - 1) * dtype_bytes
+
+    def cache_tokens(self, mixer: Mamba2Spec, seq_len: int) -> int:
+        """None."""
+        return 0
+
+    def saved_bytes(self, mixer: Mamba2Spec, d_model: int, seq_len: int, dtype_bytes: int) -> float:
+        """In the projections' dtype: their inputs, z x B C dt, the convolution's input and output. In fp32: x B C and
+        the gated norm's six; per head the decay and weights of each pair of a chunk, B and C; two states a chunk.
+        """
+        d_inner, heads, channels = self.sizes(mixer, d_model)
+        states, chunk = 2 * heads * mixer.d_state, mixer.chunk_size
+        cast = input_elements(d_model, 1, dtype_bytes) + 2 * d_inner + heads + 3 * channels
+        pairs = 2 * heads * chunk + mixer.n_groups * chunk
+        wide = channels + 9 * d_inner + 4 * heads + states + states * mixer.head_dim / chunk
+        return dtype_bytes * cast + FP32_BYTES * (pairs + wide) + chunk
+
+
+class GLACost:
+    """Gated linear attention: q, k, v, decay gate, output gate, normalised a head, output projection."""
+
+    def projection_parameters(self, mixer: GLASpec, d_model: int) -> int:
+        """Queries, keys and decay gate ``H K`` wide, values and output gate ``H P`` wide, output ``H P`` to D."""
+        key, value = mixer.n_heads * mixer.head_k_dim, mixer.n_heads * mixer.head_v_dim
+        rank = mixer.gate_rank
+        gate = d_model * key if rank is None else d_model * rank + rank * key
+        return 2 * d_model * key + gate + 3 * d_model * value
+
+    def other_parameters(self, mixer: GLASpec, d_model: int) -> int:
+        """The decay gate's bias, and the head norm's weight, shared by the heads."""
+        return mixer.n_heads * mixer.head_k_dim + mixer.head_v_dim
+
+    def sequence_flops(self, mixer: GLASpec, d_model: int, seq_len: int) -> float:
+        """The chunked form (Yang et al. 2023, section 4), a token and head: scores times values ``2 Q P``, writing the
+        chunk's state and reading the last ``4 K P``, and scores ``2 K`` a key. Halving the chunk down to blocks of s
+        tokens leaves ``s + (Q - s) / 2`` keys of its Q to a query: the causal half, and whole blocks at the diagonal.
+        """
+        chunk = gla_chunk(mixer.chunk_size, seq_len)
+        block = min(GLA_BLOCK, chunk)
+        scores = 2 * mixer.head_k_dim * (block + (chunk - block) / 2)
+        values = 2 * chunk * mixer.head_v_dim
+        states = 4 * mixer.head_k_dim * mixer.head_v_dim
+        return mixer.n_heads * (scores + values + states) * padded_share(seq_len, chunk)
+
+    def state_bytes(self, mixer: GLASpec, d_model: int, dtype_bytes: int) -> int:
+        """``H K P`` in fp32 (TRAPS K6)."""
+        return mixer.n_heads * mixer.head_k_dim * mixer.head_v_dim * FP32_BYTES
+
+    def cache_tokens(self, mixer: GLASpec, seq_len: int) -> int:
+        """None."""
+        return 0
+
+    def saved_bytes(self, mixer: GLASpec, d_model: int, seq_len: int, dtype_bytes: int) -> float:
+        """In the projections' dtype: their inputs, the output gate before and after its swish. In fp32: q, k, gates and
+        their products with decays, a set a level of halving and a pair at the diagonal; scores; two states a chunk.
+        """
+        key, value = mixer.n_heads * mixer.head_k_dim, mixer.n_heads * mixer.head_v_dim
+        chunk = gla_chunk(mixer.chunk_size, seq_len)
+        block = min(GLA_BLOCK, chunk)
+        levels = (chunk // block).bit_length() - 1
+        cast = input_elements(d_model, 5, dtype_bytes) + 3 * value + (mixer.gate_rank or 0)
+        keys = (11 + 2 * block + 2 * levels) * key
+        wide = keys + 4 * value + mixer.n_heads * (1 + chunk) + 2 * key * mixer.head_v_dim / chunk
+        return dtype_bytes * cast + FP32_BYTES * wide
+
+
+class AttentionCost:
+    """Softmax attention with grouped keys and values."""
+
+    def projection_parameters(self, mixer: AttentionSpec, d_model: int) -> int:
+        """Queries and output, ``H P`` wide, keys and values, and an output gate as wide as the queries if any."""
+        wide = (3 if mixer.output_gate else 2) * mixer.n_heads
+        return d_model * mixer.head_dim * (wide + 2 * mixer.n_kv_heads)
+
+    def other_parameters(self, mixer: AttentionSpec, d_model: int) -> int:
+        """The norms of queries and keys, one weight of ``head_dim`` each, if any."""
+        return 2 * mixer.head_dim if mixer.qk_norm else 0
+
+    def sequence_flops(self, mixer: AttentionSpec, d_model: int, seq_len: int) -> float:
+        """``4 P`` a head and visible key (scores, then values), for the mean number of keys that a query sees: only
+        pairs inside the causal window or the global tokens count, as a kernel that skips the rest would compute.
+        """
+        return 4.0 * mixer.n_heads * mixer.head_dim * visible_pairs(mixer, seq_len) / seq_len
+
+    def state_bytes(self, mixer: AttentionSpec, d_model: int, dtype_bytes: int) -> int:
+        """None: attention keeps tokens, see ``cache_tokens``."""
+        return 0
+
+    def cache_tokens(self, mixer: AttentionSpec, seq_len: int) -> int:
+        """All of them, or at most the window and the global tokens."""
+        return seq_len if mixer.window is None else min(seq_len, mixer.window + mixer.global_tokens)
+
+    def saved_bytes(self, mixer: AttentionSpec, d_model: int, seq_len: int, dtype_bytes: int) -> float:
+        """Inputs of the projections, q, k, v, output, softmax sums, and the mask of packed rows as the kernel wants it;
+        an output gate and its product, or the two fp32 inputs of each norm, where there are any.
+        """
+        queries, keys = mixer.n_heads * mixer.head_dim, mixer.n_kv_heads * mixer.head_dim
+        inputs = input_elements(d_model, 4 if mixer.output_gate else 3, dtype_bytes)
+        cast = inputs + 2 * queries + 2 * keys + seq_len + (2 * queries if mixer.output_gate else 0)
+        normed = 2 * (queries + keys) + mixer.n_heads + mixer.n_kv_heads if mixer.qk_norm else 0
+        return dtype_bytes * cast + FP32_BYTES * (normed + mixer.n_heads)
+
+
+def input_elements(d_model: int, projections: int, dtype_bytes: int) -> int:
+    """Elements a token kept as input of ``projections``: autocast casts one copy for each, fp32 shares one."""
+    return d_model * (1 if dtype_bytes == FP32_BYTES else projections)
+
+
+def visible_pairs(mixer: AttentionSpec, seq_len: int) -> int:
+    """Pairs (query, key) of one document of ``seq_len`` tokens, in which the query sees the key.
+
+    Query t (from 0) sees ``min(t + 1, window)`` keys of its window, and the global tokens that lie before it.
+    """
+    if mixer.window is None or mixer.window >= seq_len:
+        return seq_len * (seq_len + 1) // 2
+    window = mixer.window
+    inside = window * (window + 1) // 2 + (seq_len - window) * window
+    tokens, steps = mixer.global_tokens, seq_len - window
+    # Query t sees min(global, t + 1 - window) global tokens outside its window: 1, 2, ..., global, global, ...
+    outside = steps * (steps + 1) // 2 if steps <= tokens else tokens * (tokens + 1) // 2 + (steps - tokens) * tokens
+    return inside + outside
+
+
+def padded_share(seq_len: int, chunk_size: int) -> float:
+    """Tokens that whole chunks hold, over ``seq_len``."""
+    return -(-seq_len // chunk_size) * chunk_size / seq_len
+
+
+def gla_chunk(chunk_size: int, seq_len: int) -> int:
+    """Tokens a chunk of GLA: the largest power of two up to ``chunk_size``, or the one that holds a short sequence."""
+    whole = 1 << (seq_len - 1).bit_length()
+    return min(1 << (chunk_size.bit_length() - 1), whole)
+
+
+MIXER_COSTS: dict[str, MixerCost] = {
+    "mamba2": Mamba2Cost(),
+    "gla": GLACost(),
+    "attention": AttentionCost(),
+}

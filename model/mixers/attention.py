@@ -1,0 +1,97 @@
+"""Softmax attention: grouped queries, rotary positions, optional QK-norm, output gate, window and global tokens.
+
+B batch, T time, D d_model, H query heads, J key and value heads, P head_dim, S keys seen.
+
+    o_t = sum_s softmax_s(q_t k_s / sqrt(P)) v_s  over the s that t sees;   out = o_proj(o sigmoid(g))
+
+A query sees the tokens of its own document up to itself; with a window w, only the last w of them and the document's
+first ``global_tokens``.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.boundaries import Layout
+from model.cache import KVState, MixerState
+from model.layers import ResidualProjection, RMSNorm, at_least_fp32, rotary_angles, rotate
+from model.mixers.contract import Mixer
+from model.spec import AttentionSpec, ModelSpec
+
+
+def attend_by_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The sum above, one query after another: ``q`` (B, H, T, P), ``k`` and ``v`` (B, J, S, P), ``mask`` (B, 1, T, S).
+
+    Without a mask query t sees the first S - T + t + 1 keys.
+    """
+    share = q.shape[1] // k.shape[1]
+    k, v = (part.repeat_interleave(share, 1) for part in (k, v))
+    behind = k.shape[2] - q.shape[2]
+    outputs = []
+    for t in range(q.shape[2]):
+        scores = torch.einsum("bhp,bhsp->bhs", q[:, :, t], k) * q.shape[-1] ** -0.5
+        seen = torch.arange(k.shape[2], device=q.device) <= behind + t if mask is None else mask[:, :, t]
+        weights = torch.softmax(at_least_fp32(scores).masked_fill(~seen, -torch.inf), -1).to(q.dtype)
+        outputs.append(torch.einsum("bhs,bhsp->bhp", weights, v))
+    return torch.stack(outputs, 2)
+
+
+def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """What ``attend_by_query`` gives, by PyTorch's scaled dot product attention."""
+    shared = q.shape[1] != k.shape[1]
+    causal = mask is None and q.shape[2] > 1
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared)
+
+
+class Attention(Mixer):
+    """The attention layer."""
+
+    backends: ClassVar = {"torch": attend_sdpa, "reference": attend_by_query}
+
+    def __init__(self, spec: AttentionSpec, model: ModelSpec) -> None:
+        super().__init__(spec, model)
+        queries, keys = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+        self.q_proj = nn.Linear(model.d_model, queries, bias=False)
+        self.k_proj = nn.Linear(model.d_model, keys, bias=False)
+        self.v_proj = nn.Linear(model.d_model, keys, bias=False)
+        self.o_proj = ResidualProjection(queries, model.d_model)
+        if spec.qk_norm:
+            self.q_norm = RMSNorm(spec.head_dim, model.norm_eps)
+            self.k_norm = RMSNorm(spec.head_dim, model.norm_eps)
+        if spec.output_gate:
+            self.g_proj = nn.Linear(model.d_model, queries, bias=False)
+
+    def new_state(self) -> KVState:
+        """No keys and values yet."""
+        return KVState(self.spec.window, self.spec.global_tokens)
+
+    def forward(self, x: Tensor, layout: Layout, state: MixerState | None = None) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        assert state is None or isinstance(state, KVState)
+        q, k, v = self._heads(x, layout)
+        if state is None or state.keys is None:
+            mask = layout.attention_mask(self.spec.window, self.spec.global_tokens)
+            if state is not None:
+                state.append(k, v, layout)
+        else:
+            k, v, mask = state.extend(k, v, layout)
+        o = self.core(q, k, v, mask).transpose(1, 2).flatten(2)  # (B, T, H P)
+        if self.spec.output_gate:
+            o = o * torch.sigmoid(self.g_proj(x))
+        return self.o_proj(o)
+
+    def _heads(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (B, H, T, P), rotated keys and values (B, J, T, P)."""
+        spec = self.spec
+        q, k, v = (proj(x).unflatten(-1, (-1, spec.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if spec.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        key = ("rotary", spec.head_dim, spec.rope_theta)
+        if key not in layout.memo:
+            layout.memo[key] = rotary_angles(layout.positions, spec.head_dim, spec.rope_theta)
+        cos, sin = layout.memo[key]
+        return rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)

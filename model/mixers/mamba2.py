@@ -1,0 +1,171 @@
+"""Mamba-2: a state-space layer whose decay is one scalar a head and token (Dao and Gu 2024, arXiv:2405.21060).
+
+B batch, T time, D d_model, H heads, P head_dim, G groups, N d_state, C chunks, Q tokens a chunk.
+
+The layer computes, for each head with its step dt_t > 0 and rate A < 0 (section 7.1 of the paper)::
+
+    z, x, B, C, dt = in_proj(u);  x, B, C = silu(conv(x, B, C));  dt = softplus(dt + dt_bias)
+    S_t = exp(dt_t A) S_(t-1) + dt_t x_t B_t^T          (P, N)
+    y_t = S_t C_t + D x_t;        out = out_proj(norm(y silu(z)))
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model import init
+from model.boundaries import ChunkMasks, Layout
+from model.cache import MixerState, RecurrentState
+from model.layers import CausalConv, GatedRMSNorm, ResidualProjection, at_least_fp32
+from model.mixers.contract import Mixer, island
+from model.mixers.scan import carry_states, document_changes, from_chunks, into_chunks
+from model.spec import Mamba2Spec, ModelSpec
+
+
+def ssd_recurrence(
+    x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, layout: Layout, initial: Tensor | None, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """S_t = exp(log_decay_t) S_(t-1) + x_t B_t^T, y_t = S_t C_t, token by token.
+
+    ``x`` (B, T, H, P) is dt_t x_t; ``log_decay`` (B, T, H); ``b`` and ``c`` (B, T, G, N); ``initial`` (B, H, P, N) or
+    zeros. Returns y (B, T, H, P) and the state after the last token.
+    """
+    batch, time, heads, width = x.shape
+    b, c = (part.repeat_interleave(heads // part.shape[2], 2) for part in (b, c))  # (B, T, H, N)
+    state = x.new_zeros(batch, heads, width, b.shape[-1]) if initial is None else initial.to(x.dtype)
+    outputs = []
+    for t, starts in enumerate(document_changes(layout.doc_ids, time)):
+        if starts is not None:
+            state = torch.where(starts[:, None, None, None], 0.0, state)
+        state = log_decay[:, t].exp()[..., None, None] * state + x[:, t, :, :, None] * b[:, t, :, None, :]
+        outputs.append((state @ c[:, t, :, :, None]).squeeze(-1))
+    return torch.stack(outputs, 1), state
+
+
+def ssd_chunked(
+    x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, layout: Layout, initial: Tensor | None, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """What ``ssd_recurrence`` gives, by matrix products within chunks and a short loop over chunks (section 6).
+
+    Every exponent is a sum of log decays over a stretch of one document, so never above zero.
+    """
+    time = x.shape[1]
+    masks = layout.chunk_masks(chunk_size)
+    x, b, c = (into_chunks(part, chunk_size) for part in (x, b, c))
+    total = _running_sums(into_chunks(log_decay, chunk_size), masks)  # (B, C, H, Q)
+    last = total[..., -1:]
+
+    # 1. Within a chunk: the masked product of C, B and the decay between each pair.
+    causal = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=x.device).tril()
+    allowed = causal if masks is None else causal & masks.pairs[:, :, None]
+    decay = (total[..., :, None] - total[..., None, :]).masked_fill(~allowed, -torch.inf).exp()  # (B, C, H, Q, Q)
+    scores = c @ b.transpose(-1, -2)  # (B, C, G, Q, Q)
+    weights = _by_group(decay, b.shape[2]) * scores[:, :, :, None]
+    y = weights.flatten(2, 3) @ x
+
+    # 2. What each chunk adds to the state.
+    until_end = last - total
+    if masks is not None:
+        # Sums start afresh with each document, so across a boundary the difference can be large and positive: it must
+        # go before exp, or infinity times zero makes NaN of the gradient.
+        until_end = until_end.masked_fill(~masks.tail[:, :, None], -torch.inf)
+    to_end, from_start, through = until_end.exp(), total.exp(), last[..., None].exp()
+    if masks is not None:
+        from_start = from_start * masks.head[:, :, None]
+        through = through * masks.through[:, :, None, None, None]
+    weighted = _by_group(x * to_end[..., None], b.shape[2])  # (B, C, G, H/G, Q, P)
+    added = (weighted.transpose(-1, -2) @ b[:, :, :, None]).flatten(2, 3)  # (B, C, H, P, N)
+
+    # 3. From chunk to chunk.
+    before, state = carry_states(added, through, initial)
+
+    # 4. What the state before a chunk gives to its tokens.
+    carried = c[:, :, :, None] @ _by_group(before, b.shape[2]).transpose(-1, -2)  # (B, C, G, H/G, Q, P)
+    y = y + carried.flatten(2, 3) * from_start[..., None]
+    return from_chunks(y, time), state
+
+
+def ssd_step(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One token of ``ssd_recurrence``: ``x`` (B, 1, H, P), ``log_decay`` (B, 1, H), ``b`` and ``c`` (B, 1, G, N)."""
+    heads, groups = x.shape[2], b.shape[2]
+    b, c = (part.squeeze(1).repeat_interleave(heads // groups, 1) for part in (b, c))  # (B, H, N)
+    decay = log_decay.squeeze(1).exp()[..., None, None]
+    state = torch.addcmul(decay * state.to(x.dtype), x.squeeze(1)[..., None], b[..., None, :])
+    return (state @ c[..., None]).squeeze(-1)[:, None], state
+
+
+class Mamba2(Mixer):
+    """The Mamba-2 layer; parameters are named and ordered (z, x, B, C, dt) as in transformers' Granite hybrid."""
+
+    initialisers: ClassVar = {"A_log": init.log_decay, "dt_bias": init.step_bias, "D": init.ones}
+    backends: ClassVar = {"torch": ssd_chunked, "reference": ssd_recurrence}
+
+    def __init__(self, spec: Mamba2Spec, model: ModelSpec) -> None:
+        super().__init__(spec, model)
+        self.d_inner = spec.expand * model.d_model
+        self.n_heads = self.d_inner // spec.head_dim
+        self.d_groups = spec.n_groups * spec.d_state
+        self.in_proj = nn.Linear(model.d_model, 2 * self.d_inner + 2 * self.d_groups + self.n_heads, bias=False)
+        self.conv1d = CausalConv(self.d_inner + 2 * self.d_groups, spec.d_conv)
+        self.A_log = island(self.n_heads)
+        self.dt_bias = island(self.n_heads)
+        self.D = island(self.n_heads)
+        self.norm = GatedRMSNorm(self.d_inner, spec.n_groups, model.norm_eps)
+        self.out_proj = ResidualProjection(self.d_inner, model.d_model)
+
+    def new_state(self) -> RecurrentState:
+        """Empty convolution and state-space memory."""
+        return RecurrentState()
+
+    def forward(self, x: Tensor, layout: Layout, state: MixerState | None = None) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        assert state is None or isinstance(state, RecurrentState)
+        z, xbc, dt = self.in_proj(x).split([self.d_inner, self.d_inner + 2 * self.d_groups, self.n_heads], -1)
+        xbc, conv = self.conv1d(xbc, layout, None if state is None else state.conv)
+        with torch.autocast(x.device.type, enabled=False):
+            y, mixer_state = self._mix(functional.silu(xbc), dt, layout, None if state is None else state.mixer_state)
+        if state is not None:
+            state.conv, state.mixer_state = conv.detach(), mixer_state.detach()
+        return self.out_proj(self.norm(y.flatten(2), z))
+
+    def _mix(self, xbc: Tensor, dt: Tensor, layout: Layout, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The state-space recurrence in fp32: (B, T, H, P) and the last state."""
+        spec = self.spec
+        x, b, c = at_least_fp32(xbc).split([self.d_inner, self.d_groups, self.d_groups], -1)
+        x = x.unflatten(-1, (self.n_heads, spec.head_dim))
+        b, c = (part.unflatten(-1, (spec.n_groups, spec.d_state)) for part in (b, c))
+        step = functional.softplus(at_least_fp32(dt) + self.dt_bias)  # (B, T, H)
+        if layout.valid is not None:
+            # A step of zero neither decays the state nor adds to it: padding leaves no trace.
+            step = step * layout.valid[:, :, None]
+        log_decay = -self.A_log.exp() * step
+        scaled = x * step[..., None]
+        if x.shape[1] == 1 and initial is not None:
+            y, state = ssd_step(scaled, log_decay, b, c, initial)
+        else:
+            y, state = self.core(scaled, log_decay, b, c, layout, initial, spec.chunk_size)
+        return y + self.D[:, None] * x, state
+
+
+def _running_sums(values: Tensor, masks: ChunkMasks | None) -> Tensor:
+    """Sums of ``values`` (B, C, H, Q) over each chunk up to each token, starting afresh with each document.
+
+    A sum that ran on would be rounded by what another document holds: a leak, if a faint one. The sums are built by
+    doubling, and not by a product with the masks, which a GPU may compute in TF32.
+    """
+    if masks is None:
+        return values.cumsum(-1)
+    shift = 1
+    while shift < values.shape[-1]:
+        same = masks.pairs.diagonal(-shift, -2, -1)[:, :, None]
+        values = values + functional.pad(values[..., :-shift] * same, (shift, 0))
+        shift *= 2
+    return values
+
+
+def _by_group(tensor: Tensor, groups: int) -> Tensor:
+    return tensor.unflatten(2, (groups, -1))

@@ -1,0 +1,1 @@
+"""From recipe to finished chain: parsing, keys, launching, plan and status."""

@@ -1,0 +1,83 @@
+"""``--plan``: the graph, every key, what is stale and why, and what each stage will cost; nothing runs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipelines.chain import Chain, Node
+from pipelines.graph import input_name
+from pipelines.staleness import Standing, standings
+from pipelines.table import figure, size, table
+from stages.runtime.artifact import shown
+
+
+def plan(chain: Chain, world_size: int) -> dict[str, Any]:
+    """The plan as plain data.
+
+    Raises:
+        ConfigError: when a stage's artifact cannot become what the recipe asks for.
+    """
+    found = standings(chain)
+    return {
+        "pipeline": chain.recipe.name,
+        "runs": str(chain.runs),
+        "devices": world_size,
+        "free_bytes": shutil.disk_usage(_existing(chain.runs)).free,
+        "stages": [_stage(node, found[node.name], world_size) for node in chain],
+    }
+
+
+def plan_lines(plan: dict[str, Any]) -> list[str]:
+    """The plan for a person."""
+    stages = plan["stages"]
+    rows = [
+        [
+            stage["stage"],
+            stage["kind"],
+            ", ".join(f"{field}={name}" for field, name in stage["parents"].items()) or "-",
+            stage["key"][:8],
+            stage["state"],
+            "; ".join(stage["reasons"]),
+        ]
+        for stage in stages
+    ]
+    lines = [f"{plan['pipeline']}: {shown(Path(plan['runs']))}/{plan['pipeline']}, {plan['devices']} device(s)", ""]
+    lines += table(["stage", "kind", "from", "key", "state", "why"], rows)
+    for stage in stages:
+        if stage["figures"]:
+            lines += ["", f"{stage['stage']} will take"]
+            lines += [f"  {line}" for line in _figures(stage["figures"])]
+    # A finished stage has its bytes on the disk already.
+    wanted = sum(stage["figures"].get("disk_bytes", 0) for stage in stages if stage["state"] != "done")
+    left = [stage["stage"] for stage in stages if stage["state"] != "done"]
+    lines += ["", f"disk: at least {size(wanted)} wanted by what is left, {size(plan['free_bytes'])} free"]
+    return [*lines, f"left to do: {', '.join(left)}" if left else "all done"]
+
+
+def _stage(node: Node, found: Standing, world_size: int) -> dict[str, Any]:
+    job = node.job
+    return {
+        "stage": node.name,
+        "kind": job.kind,
+        "key": job.key,
+        "directory": str(job.directory),
+        "parents": {
+            input_name(node.stage, field): node.parents.get(field, shown(link.path))
+            for field, link in job.parents.items()
+        },
+        "state": found.state,
+        "reasons": found.reasons,
+        "figures": dict(node.stage.plan(job.config, job.model, world_size)),
+    }
+
+
+def _figures(figures: dict[str, Any]) -> list[str]:
+    width = max(len(name) for name in figures)
+    return [f"{name.ljust(width)}  {figure(name, value)}" for name, value in figures.items()]
+
+
+def _existing(path: Path) -> Path:
+    """``path`` or the nearest directory above it that is there."""
+    return path if path.exists() else _existing(path.parent)

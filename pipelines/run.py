@@ -1,0 +1,252 @@
+"""The operator's one command: a recipe's stages, run, planned or looked at.
+
+    deepspeed pipelines/run.py --stage pretrain      one stage; data stages that it needs are run or reused
+    python pipelines/run.py --all                    every stage that is left, each in its own processes
+    python pipelines/run.py --plan                   keys, what is stale and why, parameters, FLOPs, memory, disk
+    python pipelines/run.py --status                 state, step, loss, age of the last checkpoint
+
+Exit codes: 0 done or already done, 2 a fault in the recipe or the command, 85 saved and to be started again, 1 failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+
+if __name__ == "__main__":
+    # For a script Python looks in its own folder first, where the rooms are not found and our modules shadow others.
+    sys.path[0] = str(ROOT)
+
+if TYPE_CHECKING:
+    from pipelines.chain import Chain, Node
+    from pipelines.graph import Registry
+    from stages.runtime.lifecycle import Surroundings
+
+
+def main(argv: Sequence[str] | None = None, stages: Registry | None = None) -> int:
+    """Do what the command line says and return the exit code; ``stages`` stands in for the registry in tests."""
+    try:
+        options = parse(sys.argv[1:] if argv is None else argv)
+        return _act(options, _registry(stages))
+    except ValueError as error:
+        return _refuse(error)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        return 1
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing its usage: a fault is one line here too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see --help")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options; what the deepspeed launcher adds (``--local_rank``) is taken out.
+
+    Raises:
+        ValueError: for unknown options and combinations that mean nothing.
+    """
+    options = _parser().parse_args(without_local_rank(argv))
+    _check_combination(options)
+    return options
+
+
+def option_rows() -> list[tuple[str, str]]:
+    """Every option as written (``--stage NAME``) with its help, for the README."""
+    rows = []
+    for action in _parser()._actions:
+        if action.option_strings != ["-h", "--help"]:
+            value = f" {action.metavar}" if action.metavar else ""
+            rows.append((action.option_strings[0] + value, action.help or ""))
+    return rows
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="run.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--stage", metavar="NAME", help="run this stage alone, after the data stages that it needs")
+    mode.add_argument("--all", action="store_true", help="run every stage that is left, in order")
+    mode.add_argument("--plan", action="store_true", help="show keys, reasons and costs; nothing runs")
+    mode.add_argument("--status", action="store_true", help="show what the artifacts say of themselves")
+    mode.add_argument("--sync", action="store_true", help="replay metrics and lineage of --runs into W&B")
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--pipeline", type=Path, metavar="FILE", help="recipe (pipelines/recipes/default.yaml)")
+    recipe.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", help="set a value, such as pretrain.lr=3e-4"
+    )
+    recipe.add_argument("--data", type=Path, metavar="DIR", help="clean this folder's text instead of the sources")
+    recipe.add_argument("--runs", type=Path, default=ROOT / "runs", metavar="DIR", help="where artifacts lie (runs)")
+    limits = parser.add_argument_group("with --all")
+    limits.add_argument("--from", dest="first", metavar="NAME", help="leave out the stages that do not depend on it")
+    limits.add_argument("--until", dest="last", metavar="NAME", help="stop after this stage")
+    limits.add_argument("--num_gpus", type=int, metavar="N", help="processes a training stage; also for --plan")
+    parser.add_argument("--json", action="store_true", help="--plan and --status as JSON")
+    return parser
+
+
+def without_local_rank(argv: Sequence[str]) -> list[str]:
+    """``argv`` without ``--local_rank=N`` or ``--local_rank N``, which launchers add; the environment says the same."""
+    kept: list[str] = []
+    skip = False
+    for word in argv:
+        if skip and re.fullmatch(r"-?\d+", word):
+            skip = False
+            continue
+        skip = word in ("--local_rank", "--local-rank")
+        if not skip and not re.fullmatch(r"--local[_-]rank=.*", word):
+            kept.append(word)
+    return kept
+
+
+def _check_combination(options: argparse.Namespace) -> None:
+    if (options.first or options.last) and not options.all:
+        raise ValueError("--from and --until belong to --all; see --help")
+    if options.num_gpus is not None and not (options.all or options.plan):
+        raise ValueError("--num_gpus belongs to --all and --plan; with --stage give it to deepspeed, before run.py")
+    if options.num_gpus is not None and options.num_gpus < 1:
+        raise ValueError(f"--num_gpus must be at least 1; got {options.num_gpus}")
+    if options.json and not (options.plan or options.status):
+        raise ValueError("--json belongs to --plan and --status; see --help")
+
+
+def _act(options: argparse.Namespace, stages: Registry) -> int:
+    from stages.runtime.distributed import world_size
+
+    if options.sync:
+        from stages.runtime.sync import sync
+
+        lines = sync(options.runs.absolute())
+        print("\n".join(lines))
+        return 1 if any(": FAILED, " in line for line in lines) else 0
+    if world_size() > 1 and not options.stage:
+        raise ValueError("only --stage runs under a launcher; start --all, --plan and --status with python")
+    chain = _chain(options, stages)
+    if options.plan:
+        return _show_plan(chain, options)
+    if options.status:
+        return _show_status(chain, options)
+    if options.all:
+        return _run_all(chain, options)
+    from pipelines.single import run_stage
+
+    return run_stage(chain, options.stage, _surroundings(chain), lambda node: command_line(node, options))
+
+
+def _registry(stages: Registry | None) -> Registry:
+    if stages is None:
+        from stages import STAGES
+
+        return STAGES
+    return stages
+
+
+def _chain(options: argparse.Namespace, stages: Registry) -> Chain:
+    from pipelines.chain import build_chain
+    from pipelines.recipe import DEFAULT, load_recipe
+    from pipelines.suggest import suggestion
+    from stages.base import ConfigError, Fault
+
+    recipe = load_recipe(options.pipeline or DEFAULT, options.set, stages, options.data)
+    named = {"--stage": options.stage, "--from": options.first, "--until": options.last}
+    faults = [
+        Fault(flag, f"must name a stage of {recipe.name}; got {name!r}; {suggestion(name, recipe.stages, 'stage')}")
+        for flag, name in named.items()
+        if name is not None and name not in recipe.stages
+    ]
+    if faults:
+        raise ConfigError(faults)
+    return build_chain(recipe, options.runs.absolute(), stages)
+
+
+def _show_plan(chain: Chain, options: argparse.Namespace) -> int:
+    from pipelines.plan import plan, plan_lines
+
+    found = plan(chain, options.num_gpus or 1)
+    _print(found, plan_lines(found), options.json)
+    return 0
+
+
+def _show_status(chain: Chain, options: argparse.Namespace) -> int:
+    from pipelines.status import status, status_lines
+
+    entries = status(chain)
+    _print(entries, status_lines(entries), options.json)
+    return 0
+
+
+def _print(data: object, lines: list[str], as_json: bool) -> None:
+    import json
+
+    print(json.dumps(data, indent=1) if as_json else "\n".join(lines))
+
+
+def _run_all(chain: Chain, options: argparse.Namespace) -> int:
+    from pipelines.launch import run_all
+
+    chosen = chain.selection(options.first, options.last)
+    return run_all(chain, chosen, lambda node: stage_argv(node, options), lambda node: command_line(node, options))
+
+
+def _surroundings(chain: Chain) -> Surroundings:
+    from stages.runtime.lifecycle import Surroundings
+
+    tracking = chain.recipe.tracking
+    return Surroundings(ROOT / ".cache", tracking.wandb, tracking.project, tracking.entity)
+
+
+def stage_argv(node: Node, options: argparse.Namespace) -> list[str]:
+    """The command by which ``--all`` runs one stage: under the deepspeed launcher when it trains, else in Python."""
+    from pipelines.launch import launcher_argv
+
+    script = ROOT / "pipelines" / "run.py"
+    start = launcher_argv(script, options.num_gpus) if node.stage.launched else [sys.executable, str(script)]
+    return [*start, "--stage", node.name, *_recipe_options(options), "--runs", str(options.runs.absolute())]
+
+
+def command_line(node: Node, options: argparse.Namespace) -> str:
+    """The command that a person would type to run ``node``'s stage, on one line, without secrets."""
+    from stages.runtime.scrub import scrub_argv
+
+    runs = [] if options.runs == ROOT / "runs" else ["--runs", str(options.runs)]
+    start = ["deepspeed" if node.stage.launched else "python", "pipelines/run.py", "--stage", node.name]
+    return shlex.join(scrub_argv([*start, *_recipe_options(options), *runs]))
+
+
+def _recipe_options(options: argparse.Namespace) -> list[str]:
+    pipeline = [] if options.pipeline is None else ["--pipeline", str(options.pipeline)]
+    data = [] if options.data is None else ["--data", str(options.data)]
+    return [*pipeline, *(word for setting in options.set for word in ("--set", setting)), *data]
+
+
+def _refuse(error: ValueError) -> int:
+    """One line a fault, on rank 0 alone."""
+    from stages.base import EXIT_CONFIG, ConfigError
+    from stages.runtime.artifact import ArtifactError
+
+    lines = [str(fault) for fault in error.faults] if isinstance(error, ConfigError) else [str(error)]
+    if isinstance(error, ConfigError | ArtifactError) or type(error) is ValueError:
+        if _speaks():
+            print("\n".join(" ".join(line.split()) for line in lines), file=sys.stderr)
+        return EXIT_CONFIG
+    raise error
+
+
+def _speaks() -> bool:
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

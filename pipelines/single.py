@@ -1,0 +1,94 @@
+"""``--stage X``: one stage on this rank, after the data stages that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from pipelines.chain import Chain, Node
+from pipelines.gate import Gate
+from pipelines.staleness import standing
+from stages.base import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError, Fault
+from stages.runtime import distributed
+from stages.runtime.artifact import shown
+from stages.runtime.lifecycle import Surroundings, execute, follow
+
+CommandFor = Callable[[Node], str]
+
+
+def run_stage(chain: Chain, name: str, around: Surroundings, command_for: CommandFor) -> int:
+    """Run stage ``name`` and return the exit code, the same on every rank.
+
+    ``command_for`` gives the command that runs a stage, for messages.
+
+    Raises:
+        ConfigError: when a training ancestor is missing or stale; it is never trained on the side.
+    """
+    node = chain.nodes[name]
+    distributed.settle_threads()
+    if distributed.world_size() == 1:
+        code = _prepare(chain, node, around, command_for)
+        return execute(node.stage(), node.job, around) if code is None else code
+    gate = Gate(node.job.directory)
+    if distributed.rank() == 0:
+        return _run_with_others(chain, node, around, command_for, gate)
+    verdict = gate.wait()
+    return follow(node.stage(), node.job, around) if verdict is None else verdict
+
+
+def needed(chain: Chain, node: Node, command_for: CommandFor, also: Collection[str] = ()) -> list[Node]:
+    """The data stages that must run before ``node`` can, in order; what a finished stage was made from is not needed.
+
+    ``also`` names stages that will be run anyway.
+
+    Raises:
+        ConfigError: for each training stage among them, with why it is stale and the command that runs it.
+    """
+    wanted: dict[str, Node] = {}
+    faults: list[Fault] = []
+
+    def visit(child: Node) -> None:
+        for field, name in child.parents.items():
+            parent = chain.nodes[name]
+            if name in wanted or name in also or (found := standing(parent)).done:
+                continue
+            if parent.stage.launched:
+                why = "; ".join(found.reasons)
+                message = f"must be a finished stage; got {name}, {found.state} ({why}); run: {command_for(parent)}"
+                faults.append(chain.recipe.fault(f"{child.name}.{field.rstrip('_')}", message))
+                continue
+            visit(parent)
+            wanted[name] = parent
+
+    visit(node)
+    if faults:
+        raise ConfigError(list(dict.fromkeys(faults)))
+    return list(wanted.values())
+
+
+def _prepare(chain: Chain, node: Node, around: Surroundings, command_for: CommandFor) -> int | None:
+    """Make the data stages that ``node`` needs; None when the way is free, else the exit code."""
+    if standing(node).done:
+        print(f"{node.name}: already done, {shown(node.job.directory)}")
+        return EXIT_DONE
+    for ancestor in needed(chain, node, command_for):
+        code = execute(ancestor.stage(), ancestor.job, around)
+        if code != EXIT_DONE:
+            return code
+    return None
+
+
+def _run_with_others(chain: Chain, node: Node, around: Surroundings, command_for: CommandFor, gate: Gate) -> int:
+    """Rank 0 of several: whatever becomes of the preparation, the others hear of it."""
+    gate.close()
+    code: int | None = EXIT_FAILED
+    try:
+        code = _prepare(chain, node, around, command_for)
+        if code is None:
+            ready = gate.open if node.stage.launched else lambda: None
+            code = execute(node.stage(), node.job, around, ready)
+    except ConfigError:
+        code = EXIT_CONFIG
+        raise
+    finally:
+        gate.finish(EXIT_FAILED if code is None else code)
+    return code

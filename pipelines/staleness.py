@@ -1,0 +1,174 @@
+"""Whether a stage's artifact is what the recipe asks for, and if not, why not, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from pipelines.chain import Chain, Node
+from stages.base import ConfigError, Fault
+from stages.runtime import artifact
+from stages.runtime.artifact import ArtifactError
+
+
+@dataclass(frozen=True)
+class Standing:
+    """``state`` is ``done`` or why it is not; ``reasons`` are for people; ``record`` is the artifact's stage.json."""
+
+    state: str
+    reasons: list[str]
+    record: Mapping[str, Any] | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.state == "done"
+
+
+def standings(chain: Chain) -> dict[str, Standing]:
+    """Each stage's standing, by name.
+
+    Raises:
+        ConfigError: when a recipe asks for a shorter run than its artifact has already trained.
+    """
+    found: dict[str, Standing] = {}
+    faults = []
+    for node in chain:
+        try:
+            found[node.name] = standing(node)
+        except ConfigError as error:
+            faults += [chain.recipe.fault(fault.path, fault.message) for fault in error.faults]
+    if faults:
+        raise ConfigError(faults)
+    return found
+
+
+def standing(node: Node) -> Standing:
+    """Where one stage stands, from the ``stage.json`` of its key's directory and of its neighbours."""
+    job = node.job
+    try:
+        record = artifact.read_record(job.directory)
+    except ArtifactError as error:
+        return Standing("failed", [str(error)])
+    if record is None:
+        return Standing("stale", _why_new(node))
+    if record["key"] != job.key:
+        return Standing("failed", [f"{job.directory} belongs to another key; move it away"])
+    _refuse_shorter(node, record)
+    if artifact.is_done(record, job):
+        return Standing("done", [], record)
+    return _unfinished(node, record)
+
+
+def _unfinished(node: Node, record: Mapping[str, Any]) -> Standing:
+    state, directory = record["state"], node.job.directory
+    step = artifact.reached_step(directory, record)
+    at_step = "" if step is None else f" at step {step}"
+    if state == "running":
+        alive = artifact.process_is_alive(record)
+        who = f"process {record['pid']} on {record['host']}"
+        if alive is not False:
+            note = "" if alive else ", which cannot be seen from here"
+            return Standing("running", [f"running since {record['started_at']} as {who}{note}"], record)
+        return Standing("interrupted", [f"interrupted{at_step}: {who} is dead"], record)
+    if state == "done" and record["extension"] != dict(node.job.extension):
+        changes = _changes(record["extension"], dict(node.job.extension))
+        return Standing("extended", [f"extended: {', '.join(changes)}"], record)
+    if state == "done":
+        return Standing("stale", [f"its output is gone from {artifact.shown(directory)}"], record)
+    if state == "saved":
+        return Standing("saved", [f"saved{at_step}"], record)
+    return Standing("failed", [f"failed{at_step}: {record['error']}"], record)
+
+
+def _refuse_shorter(node: Node, record: Mapping[str, Any]) -> None:
+    """An extension can only grow: what has been trained cannot be untrained in the same directory."""
+    step = artifact.reached_step(node.job.directory, record) or 0
+    for field, wanted in node.job.extension.items():
+        before = record["extension"].get(field)
+        trained = before if record["state"] == "done" else min(before or step, step)
+        if isinstance(trained, int) and isinstance(wanted, int) and wanted < trained:
+            there = artifact.shown(node.job.directory)
+            message = (
+                f"must be at least {trained}, which {there} has already done; got {wanted}; "
+                f"set {trained} or more, or move that directory away to start over"
+            )
+            raise ConfigError(Fault(f"{node.name}.{field}", message))
+
+
+def _why_new(node: Node) -> list[str]:
+    """Why the key has no artifact: what differs from the nearest artifact of the same stage."""
+    others = list(variants(node.job.directory.parent, node.name))
+    if not others:
+        return ["never run"]
+    compared = [(list(_differences(node, other)), other) for other in others]
+    reasons, _ = min(compared, key=lambda pair: (len(pair[0]), _age_key(pair[1])))
+    return reasons or ["never run under this key"]
+
+
+def variants(pipeline: Path, name: str) -> Iterator[dict[str, Any]]:
+    """The readable records of a stage's artifacts in a pipeline's directory, each with its ``directory``."""
+    for path in sorted(pipeline.glob(f"{name}-*/{artifact.RECORD}")):
+        try:
+            record = artifact.read_record(path.parent)
+        except ArtifactError:
+            continue
+        if record is not None and record["stage"] == name:
+            yield {**record, "directory": path.parent}
+
+
+def _age_key(record: Mapping[str, Any]) -> float:
+    return artifact.seconds_since(record["started_at"])
+
+
+def _differences(node: Node, record: Mapping[str, Any]) -> Iterator[str]:
+    old, new = record["identity"], node.job.identity
+    if old["kind"] != new["kind"]:
+        yield f"{node.name}.kind {old['kind']} -> {new['kind']}"
+        return
+    if old["code_version"] != new["code_version"]:
+        yield f"code version {old['code_version']} -> {new['code_version']}"
+    yield from _changes(old["config"], new["config"], node.name)
+    yield from _changes(old["model"], new["model"], "model")
+    yield from _changes(old["seed"], new["seed"], "seed")
+    for field in sorted(old["parents"].keys() | new["parents"].keys()):
+        if old["parents"].get(field) != new["parents"].get(field):
+            yield _parent_change(node, field, record)
+    for source in sorted(old["sources"].keys() | new["sources"].keys()):
+        if old["sources"].get(source) != new["sources"].get(source):
+            yield f"source {source} changed"
+
+
+def _parent_change(node: Node, field: str, record: Mapping[str, Any]) -> str:
+    new = node.job.parents.get(field)
+    old = record["parents"].get(field)
+    if old is None or new is None:
+        return f"parent {field.rstrip('_')} {'added' if old is None else 'removed'}"
+    return f"parent {new.stage} changed" if old["stage"] == new.stage else f"parent {old['stage']} -> {new.stage}"
+
+
+def _changes(old: Any, new: Any, path: str = "") -> list[str]:
+    """``path old -> new`` for each leaf that differs."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        names = [*old, *(name for name in new if name not in old)]
+        below = f"{path}." if path else ""
+        return [change for name in names for change in _changes(old.get(name), new.get(name), f"{below}{name}")]
+    return [] if old == new else [f"{path} {plain(old)} -> {plain(new)}"]
+
+
+def plain(value: Any) -> str:
+    """A value for one line: ``2e-4`` for 0.0002, ``none`` for None, long things cut."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and 0 < abs(value) < 1e-2:
+        sign, digits, exponent = Decimal(repr(value)).normalize().as_tuple()
+        mantissa = "".join(map(str, digits))
+        point = f"{mantissa[0]}.{mantissa[1:]}".rstrip(".")
+        return f"{'-' if sign else ''}{point}e{int(exponent) + len(mantissa) - 1}"
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

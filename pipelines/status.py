@@ -1,0 +1,114 @@
+"""``--status``: what each stage's artifacts say of themselves, the one of the recipe's key marked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.chain import Chain, Node
+from pipelines.staleness import standing, variants
+from pipelines.table import age, table
+from stages.base import ConfigError
+from stages.runtime import artifact
+
+
+def status(chain: Chain) -> list[dict[str, Any]]:
+    """One entry an artifact, stages in the recipe's order; ``current`` marks the recipe's key."""
+    return [entry for node in chain for entry in _entries(node)]
+
+
+def status_lines(entries: list[dict[str, Any]]) -> list[str]:
+    """The status for a person."""
+    headers = ["", "artifact", "state", "step", "loss", "bpb", "tok/s", "checkpoint", "last sign", "note"]
+    rows = [
+        [
+            "*" if entry["current"] else " ",
+            f"{entry['stage']}-{entry['key'][:8]}",
+            entry["state"],
+            _of(entry["step"], entry["max_steps"]),
+            _number(entry["loss"], ".4f"),
+            _number(entry["bpb"], ".4f"),
+            _number(entry["tokens_per_s"], ",.0f"),
+            _ago(entry["checkpoint_age_s"]),
+            _ago(entry["age_s"]),
+            entry["note"],
+        ]
+        for entry in entries
+    ]
+    return [*table(headers, rows), "", "* the artifact of the recipe as it stands"]
+
+
+def _entries(node: Node) -> list[dict[str, Any]]:
+    try:
+        found = standing(node)
+        state, note = found.state, "; ".join(found.reasons)
+    except ConfigError as error:
+        state, note = "refused", "; ".join(str(fault) for fault in error.faults)
+    current = node.job.directory
+    entries = [_entry(node.name, node.job.key, current, artifact.read_record(current) if current.exists() else None)]
+    entries[0].update(state=state, note=note, current=True)
+    for record in variants(current.parent, node.name):
+        if record["directory"] != current:
+            entries.append(_entry(node.name, record["key"], record["directory"], record))
+    return entries
+
+
+def _entry(stage: str, key: str, directory: Path, record: Mapping[str, Any] | None) -> dict[str, Any]:
+    rows = artifact.last_events(directory)
+    train, evaluated = rows.get("train", {}), rows.get("eval", {})
+    record = record or {}
+    return {
+        "stage": stage,
+        "key": key,
+        "directory": str(directory),
+        "current": False,
+        "state": _state(record),
+        "step": train.get("step", record.get("step")),
+        "max_steps": (record.get("config") or {}).get("max_steps"),
+        "loss": next((train[name] for name in train if name.startswith("loss")), None),
+        "bpb": evaluated.get("bpb"),
+        "tokens_per_s": train.get("tokens_per_s"),
+        "checkpoint_age_s": _checkpoint_age_s(directory),
+        "age_s": _age_s(directory, record),
+        "note": record.get("error") or "",
+    }
+
+
+def _state(record: Mapping[str, Any]) -> str:
+    """The recorded state, but for a process that is dead."""
+    if record.get("state") == "running" and artifact.process_is_alive(record) is False:
+        return "interrupted"
+    return str(record.get("state", "never run"))
+
+
+def _checkpoint_age_s(directory: Path) -> float | None:
+    steps = artifact.checkpoint_steps(directory)
+    if not steps:
+        return None
+    return time.time() - (directory / "checkpoints" / f"step-{steps[-1]:08d}" / "manifest.json").stat().st_mtime
+
+
+def _age_s(directory: Path, record: Mapping[str, Any]) -> float | None:
+    """Seconds since the artifact last said anything: its record, or a row of metrics."""
+    if not record:
+        return None
+    metrics = directory / artifact.METRICS
+    ages = [artifact.seconds_since(record["updated_at"])]
+    ages += [time.time() - metrics.stat().st_mtime] if metrics.exists() else []
+    return min(ages)
+
+
+def _of(step: int | None, max_steps: int | None) -> str:
+    if step is None:
+        return "-"
+    return str(step) if max_steps is None else f"{step}/{max_steps}"
+
+
+def _number(value: Any, style: str) -> str:
+    return format(value, style) if isinstance(value, int | float) else "-"
+
+
+def _ago(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{age(seconds)} ago"

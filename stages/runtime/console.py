@@ -1,0 +1,56 @@
+"""The console of rank 0, copied to the artifact's ``log.txt``."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+ROOMS = ("pipelines", "stages", "model", "data")
+
+
+class _Tee:
+    """A text stream that also writes to a file, and outlives it: libraries keep the stream they saw first."""
+
+    def __init__(self, stream: TextIO, file: TextIO) -> None:
+        self._stream = stream
+        self._file = file
+
+    def write(self, text: str) -> int:
+        if not self._file.closed:
+            # A full disk must not kill the run through its console; stage.json and metrics.jsonl report it.
+            with contextlib.suppress(OSError):
+                self._file.write(text)
+                self._file.flush()
+        return self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def copied_to(path: Path) -> Iterator[TextIO]:
+    """Append all that is printed or logged by our packages to ``path`` too; yields the file for what it alone gets."""
+    old = sys.stdout, sys.stderr
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+        sys.stdout, sys.stderr = _Tee(old[0], file), _Tee(old[1], file)
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        loggers = [logging.getLogger(room) for room in ROOMS]
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
+        try:
+            yield file
+        finally:
+            sys.stdout, sys.stderr = old
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.removeHandler(handler)
+                logger.setLevel(level)

@@ -1,0 +1,282 @@
+"""Ranks, collectives and the request to stop.
+
+Rank facts come from the launcher's environment, without torch. With one process no collective runs, so that data
+stages, ``--status`` and tests need no process group. Control messages (flags, verdicts, sums of metrics) travel over
+gloo on the host even on GPU machines: a step boundary then never waits for the device's queue.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a collective waits for the slowest rank; rank 0 may hash a large checkpoint meanwhile."""
+
+STOP_FILE = "STOP"
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_REASONS = ("", "SIGTERM", "SIGUSR1", "SIGINT", "a file STOP", "the launcher's death")
+
+logger = logging.getLogger(__name__)
+_control_groups: dict[str, Any] = {}
+
+
+def _fact(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise ValueError(f"environment variable {name} must be a number; got {text!r}; start through the launcher")
+    return int(text)
+
+
+def rank() -> int:
+    """This process's number among all processes of the run, from ``RANK``; 0 without a launcher."""
+    return _fact("RANK", 0)
+
+
+def world_size() -> int:
+    """Number of processes of the run, from ``WORLD_SIZE``; 1 without a launcher."""
+    return _fact("WORLD_SIZE", 1)
+
+
+def local_rank() -> int:
+    """This process's number on its own machine, from ``LOCAL_RANK``; 0 without a launcher."""
+    return _fact("LOCAL_RANK", 0)
+
+
+def settle_threads() -> None:
+    """Share the machine's cores among the ranks, unless ``OMP_NUM_THREADS`` is set; before torch is imported.
+
+    Idle threads sleep instead of spinning: on a shared machine spinning ones take the cores from those that work, which
+    was seen to cost a factor of ten.
+    """
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // world_size())))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def init_process_group(timeout: timedelta = TIMEOUT) -> None:
+    """Start torch's and DeepSpeed's process group: nccl with a GPU, gloo without. A second call does nothing.
+
+    A single process without a launcher gets a group of one that opens no port to the outside.
+    """
+    import deepspeed
+    import torch
+
+    if torch.distributed.is_initialized():
+        return
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(local_rank())
+    else:
+        # Its just-in-time build costs the better part of a minute and gives nothing on this path.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if gpu else "gloo"
+    # Without the device NCCL guesses it at the first barrier, which can hang where ranks and devices differ in order.
+    bound: dict[str, Any] = {"device_id": torch.device("cuda", local_rank())} if gpu else {}
+    if _is_launched():
+        torch.distributed.init_process_group(backend, timeout=timeout, **bound)
+    else:
+        if world_size() > 1:
+            raise ValueError(f"WORLD_SIZE is {world_size()} but MASTER_ADDR is not set; start through the launcher")
+        # The engine reads LOCAL_RANK; the in-memory store spares a rendezvous over TCP.
+        os.environ.setdefault("LOCAL_RANK", "0")
+        torch.distributed.init_process_group(
+            backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout, **bound
+        )
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    _control()
+
+
+def close_process_group() -> None:
+    """Leave the process group, if there is one, so that the interpreter ends without a complaint."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        _control_groups.clear()
+        torch.distributed.destroy_process_group()
+
+
+def _control() -> Any:
+    """The group for host-side messages: the default group on gloo, a gloo sibling of it on nccl."""
+    import torch
+
+    assert torch.distributed.is_initialized(), "init_process_group() comes before any collective of several ranks"
+    if torch.distributed.get_backend() == "gloo":
+        return None
+    if "gloo" not in _control_groups:
+        _control_groups["gloo"] = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
+    return _control_groups["gloo"]
+
+
+def barrier() -> None:
+    """Wait until every rank is here; nothing with one rank."""
+    if world_size() > 1:
+        import torch
+
+        torch.distributed.barrier(group=_control())
+
+
+def all_reduce_sum(value: float) -> float:
+    """The sum of ``value`` over all ranks, in float64, the same on every rank."""
+    return _all_reduce(value, "SUM")
+
+
+def _all_reduce(value: float, operation: str) -> float:
+    if world_size() == 1:
+        return float(value)
+    import torch
+
+    tensor = torch.tensor([value], dtype=torch.float64)
+    torch.distributed.all_reduce(tensor, op=getattr(torch.distributed.ReduceOp, operation), group=_control())
+    return float(tensor.item())
+
+
+def broadcast(value: T) -> T:
+    """Rank 0's ``value`` on every rank; any object that pickles, and small ones preferably."""
+    if world_size() == 1:
+        return value
+    import torch
+
+    box: list[Any] = [value]
+    torch.distributed.broadcast_object_list(box, src=0, group=_control(), device=torch.device("cpu"))
+    return box[0]
+
+
+def on_rank_zero(function: Callable[[], T]) -> T:
+    """Run ``function`` on rank 0 alone and give its result to all; an exception there is raised on every rank.
+
+    For work on shared files that must be done once and whose failure must stop all ranks together.
+    """
+    result: Any = None
+    error: Exception | None = None
+    if rank() == 0:
+        try:
+            result = function()
+        except Exception as fault:
+            error = fault
+    if world_size() > 1:
+        result, text = broadcast((result, None if error is None else (type(error), str(error))))
+        if text is not None and error is None:
+            raise _rebuilt(*text)
+    if error is not None:
+        raise error
+    return result
+
+
+def _rebuilt(kind: type[Exception], text: str) -> Exception:
+    """Rank 0's exception for another rank. Only its text travels: some exception types take no plain message."""
+    try:
+        return kind(text)
+    except TypeError:
+        return RuntimeError(f"rank 0: {kind.__name__}: {text}")
+
+
+class StopWatch:
+    """Knows whether the run was asked to stop: SIGTERM, SIGUSR1, SIGINT, a file ``STOP``, or the launcher's death.
+
+    Signals only set a flag, which the loop reads at step boundaries, so that a save is never cut short. A second SIGINT
+    interrupts at once, for a person at a terminal. Under a launcher the processes above this one are watched: the
+    deepspeed launcher can die and leave its ranks running (TRAPS O7). Without a launcher they are not, since a run
+    started in the background should outlive its shell.
+
+    ``directory`` is the artifact in which rank 0 looks for ``STOP``. Use from the main thread; ``close`` (or ``with``)
+    gives the old signal handlers back.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._file = directory / STOP_FILE
+        self._reason = 0
+        self._agreed = False
+        # Before the ancestors are read, so that a death in between is seen as a change or as a signal.
+        self._old = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        self._ancestors = _launcher_processes() if _is_launched() else []
+        if self._ancestors:
+            _signal_on_parent_death(signal.SIGTERM)
+
+    @property
+    def requested(self) -> bool:
+        """Whether this rank was asked to stop; other ranks may not have been."""
+        if not self._reason:
+            if rank() == 0 and self._file.exists():
+                self._reason = _REASONS.index("a file STOP")
+            elif self._ancestors and _launcher_processes()[: len(self._ancestors)] != self._ancestors:
+                self._reason = _REASONS.index("the launcher's death")
+        return bool(self._reason)
+
+    @property
+    def reason(self) -> str:
+        """What asked to stop, in words; empty when nothing did. The same on all ranks once ``agreed`` was true."""
+        return _REASONS[self._reason]
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop; collective, called by all ranks at the same step boundary.
+
+        Costs one all-reduce of one number. The first true answer removes the file ``STOP``, so that the next start goes
+        on; later calls keep answering true without a collective.
+        """
+        if not self._agreed:
+            asked = self._reason if self.requested else 0
+            self._reason = max(self._reason, int(_all_reduce(asked, "MAX")))
+            self._agreed = bool(self._reason)
+            if self._agreed and rank() == 0:
+                logger.warning("asked to stop by %s: saving at this step boundary", self.reason)
+                self._file.unlink(missing_ok=True)
+        return self._agreed
+
+    def close(self) -> None:
+        """Give the signal handlers back that were there before."""
+        for number, handler in self._old.items():
+            # None stands for a handler that was not set from Python and cannot be set again.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._old = {}
+
+    def __enter__(self) -> StopWatch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._reason = self._reason or _REASONS.index(signal.Signals(number).name)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _is_launched() -> bool:
+    """Whether a launcher started this process: it alone sets ``MASTER_ADDR``."""
+    return "MASTER_ADDR" in os.environ
+
+
+def _launcher_processes() -> list[int]:
+    """Process ids above this one that belong to the launcher, nearest first.
+
+    The parent always does. Above it the deepspeed launcher has one more, its runner, whose death leaves the parent and
+    the ranks alive; what stands above other launchers is the user's shell, which may go.
+    """
+    parent = os.getppid()
+    try:
+        command = Path(f"/proc/{parent}/cmdline").read_bytes()
+        # After the command's name, which may hold spaces and brackets: state, parent (proc(5)).
+        above = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return [parent]
+    return [parent, above] if b"deepspeed.launcher.launch" in command else [parent]
+
+
+def _signal_on_parent_death(number: int) -> None:
+    """Ask the kernel for a signal when the parent dies (prctl(2)); only Linux knows how, others go by ``getppid``."""
+    import ctypes
+
+    prctl = getattr(ctypes.CDLL(None, use_errno=True), "prctl", None)
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)

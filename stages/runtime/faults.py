@@ -1,0 +1,83 @@
+"""What an exception means for an artifact: its state, the exit code, and the one line that a person needs."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.base import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_SAVED, ConfigError, StopRequested
+from stages.runtime.artifact import ArtifactError
+from stages.runtime.manifest import CheckpointError
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended: ``lines`` for the console, ``error`` the one line for ``stage.json``.
+
+    ``traceback`` is empty where it would say nothing; ``quiet`` sends it to the log alone.
+    """
+
+    state: str
+    code: int
+    lines: list[str]
+    error: str | None
+    traceback: str
+    quiet: bool
+
+
+DONE = Ending("done", EXIT_DONE, [], None, "", True)
+"""The one good ending."""
+
+
+def ending_of(error: BaseException, name: str, directory: Path) -> Ending:
+    """The ending that ``error``, raised by stage ``name`` in ``directory``, amounts to."""
+    if isinstance(error, StopRequested):
+        reason = f" ({error})" if str(error) else ""
+        line = f"{name}: saved{reason}; the same command goes on from here"
+        return Ending("saved", EXIT_SAVED, [line], None, "", True)
+    if isinstance(error, ConfigError):
+        lines = [f"{_full_path(name, fault.path)}: {fault.message}" for fault in error.faults]
+        return Ending("failed", EXIT_CONFIG, lines, "; ".join(lines), "", True)
+    # By house rule a plain ValueError is about what the user gave; its subclasses from libraries are not.
+    is_input = type(error) is ValueError
+    plain = str(error) if is_input else _plain_text(error, directory)
+    line = _one_line(plain if plain is not None else f"{type(error).__name__}: {error}")
+    return Ending(
+        state="failed",
+        code=EXIT_CONFIG if is_input else EXIT_FAILED,
+        lines=[f"{name} failed: {line}" + (f"; the traceback is in {directory / 'log.txt'}" if is_input else "")],
+        error=line,
+        traceback="".join(traceback.format_exception(error)),
+        quiet=plain is not None,
+    )
+
+
+def _full_path(name: str, path: str) -> str:
+    """A running stage may name its own fields; the user knows them with the stage's name before them."""
+    own = path == name or path.startswith(f"{name}.")
+    return path if own else f"{name}.{path}".rstrip(".")
+
+
+def _plain_text(error: BaseException, directory: Path) -> str | None:
+    """A line for faults whose traceback helps nobody, or None."""
+    if isinstance(error, CheckpointError | ArtifactError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted from the keyboard; the same command goes on from the newest checkpoint"
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        free = shutil.disk_usage(directory).free
+        return f"no space left on the disk of {directory} ({free} bytes free): {error}; make room and start again"
+    if isinstance(error, MemoryError):
+        return f"out of memory: {error}; close other programs or give the stage less at a time, and start again"
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"out of GPU memory: {error}; lower micro_batch_size (the result stays the same) or raise the ZeRO stage"
+    return None
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:1000]

@@ -1,0 +1,327 @@
+"""The life of one artifact: lock, running, run, seal, and then done, saved or failed.
+
+``stage.json`` always tells the state, whatever becomes of the process; the exit code repeats it for the shell:
+0 done or already done, 85 saved and to be started again, 2 the user's input, 1 failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, TextIO
+
+from stages.base import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_SAVED,
+    ConfigError,
+    Fault,
+    Stage,
+    StageContext,
+    StageResult,
+    StopRequested,
+)
+from stages.runtime import artifact, distributed
+from stages.runtime.artifact import ArtifactError, Job
+from stages.runtime.checkpoint import seal, verify_manifest
+from stages.runtime.console import copied_to
+from stages.runtime.faults import DONE, Ending, ending_of
+from stages.runtime.lock import ArtifactBusyError, hold
+from stages.runtime.tracking import open_tracker
+
+
+@dataclasses.dataclass(frozen=True)
+class Surroundings:
+    """What does not decide the result: the cache of fetched files, and where the run is tracked.
+
+    ``mode``, ``project`` and ``entity`` are the tracker's, as the recipe's section ``tracking`` has them.
+    """
+
+    cache: Path
+    mode: Literal["auto", "online", "offline", "disabled"] = "disabled"
+    project: str = "pedigree"
+    entity: str | None = None
+
+
+def execute(stage: Stage, job: Job, around: Surroundings, ready: Callable[[], None] = lambda: None) -> int:
+    """Carry out ``job`` as rank 0, or as the only process, and return the exit code; other ranks ``follow``.
+
+    ``ready`` is called once nothing but the stage itself can refuse the run any more.
+    """
+    try:
+        with hold(job.directory):
+            return _lead(stage, job, around, ready)
+    except (ArtifactBusyError, ArtifactError) as error:
+        print(f"{job.name}: {error}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _lead(stage: Stage, job: Job, around: Surroundings, ready: Callable[[], None]) -> int:
+    previous = artifact.read_record(job.directory)
+    if artifact.is_done(previous, job):
+        print(f"{job.name}: already done, {artifact.shown(job.directory)}")
+        return EXIT_DONE
+    with copied_to(job.directory / "log.txt") as log:
+        record = _begin(job, previous)
+        return _attempt(stage, job, around, previous, record, log, ready)
+
+
+def _attempt(
+    stage: Stage,
+    job: Job,
+    around: Surroundings,
+    previous: Mapping[str, Any] | None,
+    record: dict[str, Any],
+    log: TextIO,
+    ready: Callable[[], None],
+) -> int:
+    started = time.monotonic()
+    tracker = None
+    try:
+        digests = _verified_parents(stage, job, previous)
+        record["parents"] = {name: {**link, "digest": digests[name]} for name, link in record["parents"].items()}
+        artifact.write_record(job.directory, record)
+        tracker = _open_tracker(job, around)
+        context = _context(stage, job, around, tracker, record)
+        ready()
+        result = _run(stage, context)
+        _seal(stage, job, record, tracker, result)
+        ending = DONE
+    except BaseException as error:
+        ending = ending_of(error, job.name, job.directory)
+        _report(ending, log)
+        record.update(error=ending.error, step=artifact.reached_step(job.directory, previous))
+    record["elapsed_s"] = round(record["elapsed_s"] + time.monotonic() - started, 3)
+    return _close(job, record, tracker, ending)
+
+
+def follow(stage: Stage, job: Job, around: Surroundings) -> int:
+    """Carry out ``job`` as any other rank: run the stage, write nothing, say only what went wrong here."""
+    try:
+        _run(stage, _context(stage, job, around, _open_tracker(job, around), artifact.read_record(job.directory) or {}))
+    except BaseException as error:
+        ending = ending_of(error, job.name, job.directory)
+        if ending.state == "failed":
+            for line in [*ending.lines, ending.traceback]:
+                print(f"rank {distributed.rank()}: {line}\n" if line else "", end="", file=sys.stderr)
+        else:
+            _part()
+        return ending.code
+    return EXIT_DONE
+
+
+def _begin(job: Job, previous: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Write ``running`` and return the record."""
+    attempts = (previous or {}).get("attempts", 0) + 1
+    record: dict[str, Any] = {
+        "format": artifact.FORMAT,
+        "state": "running",
+        "pipeline": job.pipeline,
+        "stage": job.name,
+        "kind": job.kind,
+        "key": job.key,
+        "identity": dict(job.identity),
+        "extension": dict(job.extension),
+        "code_version": job.identity["code_version"],
+        "config": job.config.model_dump(mode="json", by_alias=True),
+        "model": None if job.model is None else job.model.model_dump(mode="json"),
+        "seed": job.seed,
+        "parents": {name: _link(job, name, previous) for name in job.parents},
+        "sources": dict(job.identity["sources"]),
+        "output_digest": None,
+        "metrics": {},
+        "summary": [],
+        **artifact.environment(),
+        "world_size": distributed.world_size(),
+        "started_at": artifact.now(),
+        "finished_at": None,
+        "elapsed_s": (previous or {}).get("elapsed_s", 0.0),
+        "step": artifact.reached_step(job.directory),
+        "error": None,
+        "attempts": attempts,
+    }
+    artifact.write_record(job.directory, record)
+    goes_on = f", goes on from step {record['step']}" if record["step"] else ""
+    print(f"{job.name}: started in {artifact.shown(job.directory)} (attempt {attempts}{goes_on})")
+    return record
+
+
+def _link(job: Job, name: str, previous: Mapping[str, Any] | None) -> dict[str, Any]:
+    parent = job.parents[name]
+    digest = ((previous or {}).get("parents", {}).get(name) or {}).get("digest")
+    return {**dataclasses.asdict(parent), "path": str(parent.path), "digest": digest}
+
+
+def _verified_parents(stage: Stage, job: Job, previous: Mapping[str, Any] | None) -> dict[str, str]:
+    """Output digests by field, every byte of each parent's output checked.
+
+    Raises:
+        ArtifactError: when a parent is not the finished artifact that the job's key was made from.
+        CheckpointError: when a parent's files do not match their manifest.
+        ConfigError: when a parent does not fit this stage, or changed under a run that is to be continued.
+    """
+    digests = {}
+    for name, link in job.parents.items():
+        record = artifact.read_record(link.path)
+        if record is None or record["state"] != "done" or record["key"] != link.key:
+            raise ArtifactError(f"parent {link.stage} in {link.path} is not done; run it first")
+        digests[name] = verify_manifest(link.path / "output")
+        if digests[name] != record["output_digest"]:
+            raise ArtifactError(
+                f"parent {link.stage}: the output in {link.path} is not the one that its {artifact.RECORD} names; "
+                "delete that directory and run it anew"
+            )
+    faults = _changed_parents(job, previous, digests)
+    faults += type(stage).check_parents(job.config, job.model, {name: link.path for name, link in job.parents.items()})
+    if faults:
+        raise ConfigError(faults)
+    return digests
+
+
+def _changed_parents(job: Job, previous: Mapping[str, Any] | None, digests: Mapping[str, str]) -> list[Fault]:
+    """Faults for a run that would go on from its checkpoints on other inputs than it began with."""
+    if previous is None or not artifact.checkpoint_steps(job.directory):
+        return []
+    began = {name: (link or {}).get("digest") for name, link in previous.get("parents", {}).items()}
+    return [
+        Fault(
+            name.rstrip("_"),
+            f"must be the artifact that this run began with ({str(began[name])[:8]}); {job.parents[name].stage} has "
+            f"other content now ({digest[:8]}); delete {artifact.shown(job.directory)} to start it over",
+        )
+        for name, digest in digests.items()
+        if began.get(name) not in (None, digest)
+    ]
+
+
+def _open_tracker(job: Job, around: Surroundings) -> Any:
+    return open_tracker(
+        job.directory,
+        pipeline=job.pipeline,
+        stage=job.name,
+        kind=job.kind,
+        key=job.key,
+        config={**job.identity, "config": job.config.model_dump(mode="json", by_alias=True)},
+        rank=distributed.rank(),
+        mode=around.mode,
+        project=around.project,
+        entity=around.entity,
+    )
+
+
+def _context(stage: Stage, job: Job, around: Surroundings, tracker: Any, record: Mapping[str, Any]) -> StageContext:
+    output, work = job.directory / "output.tmp", job.directory / "work"
+    if distributed.rank() == 0:
+        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir()
+        work.mkdir(exist_ok=True)
+        for name, link in record["parents"].items():
+            path, produces = Path(link["path"]) / "output", stage.inputs[name].produces
+            tracker.use_artifact(f"{link['stage']}-{link['key'][:8]}", path, link["digest"], produces)
+    return StageContext(
+        pipeline=job.pipeline,
+        name=job.name,
+        key=job.key,
+        seed=job.seed,
+        config=job.config,
+        model=job.model,
+        directory=job.directory,
+        output=output,
+        work=work,
+        cache=around.cache,
+        parents={name: link.path for name, link in job.parents.items()},
+        tracker=tracker,
+        record=record,
+    )
+
+
+def _run(stage: Stage, context: StageContext) -> StageResult:
+    with contextlib.nullcontext() if stage.launched else _stop_on_signals():
+        result = stage.run(context)
+    if "torch" in sys.modules:
+        distributed.close_process_group()
+    return result
+
+
+@contextlib.contextmanager
+def _stop_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 raise ``StopRequested``: a data stage keeps its work in files and goes on from them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:
+            # A forked worker inherits the handler; for it the signal means what it always meant.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        raise StopRequested(signal.Signals(number).name)
+
+    old = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _seal(stage: Stage, job: Job, record: dict[str, Any], tracker: Any, result: StageResult) -> None:
+    digest = seal(job.directory / "output.tmp", job.directory / "output")
+    record.update(metrics=result.metrics, summary=result.summary, output_digest=digest)
+    record["step"] = result.metrics.get("step", artifact.reached_step(job.directory))
+    name, output = f"{job.name}-{job.key[:8]}", job.directory / "output"
+    tracker.log_artifact(name, stage.produces, output, digest, result.metrics)
+    for line in result.summary:
+        print(line)
+
+
+def _report(ending: Ending, log: TextIO) -> None:
+    for line in ending.lines:
+        print(line, file=sys.stderr if ending.state == "failed" else sys.stdout)
+    if ending.traceback:
+        print(ending.traceback, file=log if ending.quiet else sys.stderr)
+
+
+def _close(job: Job, record: dict[str, Any], tracker: Any, ending: Ending) -> int:
+    """Write the final state, finish the tracker, part from the other ranks; returns the exit code."""
+    code = ending.code
+    try:
+        record.update(state=ending.state, exit_code=code, finished_at=artifact.now())
+        artifact.write_record(job.directory, record)
+    except (OSError, ValueError) as error:
+        # The state "running" of a process that has ended is read as interrupted, never as done.
+        print(f"{job.name} failed: {artifact.RECORD} could not be written: {error}", file=sys.stderr)
+        code = EXIT_FAILED
+    if tracker is not None:
+        _finish_tracker(tracker, ending.state)
+    if code == EXIT_DONE:
+        print(f"{job.name}: done in {record['elapsed_s']:.1f} s, {artifact.shown(job.directory)}")
+    if code == EXIT_SAVED:
+        _part()
+    return code
+
+
+def _finish_tracker(tracker: Any, state: str) -> None:
+    """Close the tracker; the artifact's state is on disk by now and a tracker's fault must not change it."""
+    try:
+        tracker.finish(state)
+    except Exception as error:
+        print(f"tracking could not be finished: {error}", file=sys.stderr)
+
+
+def _part() -> None:
+    """Leave together: the launcher ends all ranks as soon as one of them has ended with a code other than 0."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        distributed.barrier()
+        distributed.close_process_group()

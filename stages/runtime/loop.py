@@ -1,0 +1,231 @@
+"""The training loop that stages share: steps, guards, evaluation, checkpoints, requests to stop.
+
+Everything that decides a step is a function of the step's number and the saved state, so that a run killed anywhere and
+resumed is the uninterrupted run (TRAPS T6).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from stages.base import StopRequested
+from stages.runtime import distributed
+from stages.runtime.checkpoint import CheckpointStore
+from stages.runtime.engine import TrainingEngine
+from stages.runtime.guards import GuardConfig, StepGuard
+from stages.runtime.progress import Progress
+
+
+class LoopSettings(NamedTuple):
+    """What the loop needs of a stage's config; 0 for a cadence means never."""
+
+    max_steps: int
+    global_batch_size: int
+    micro_batch_size: int
+    lr_at: Callable[[int], float]
+    eval_every_steps: int
+    checkpoint_every_steps: int
+    pin_at_step: int | None
+    log_every_steps: int
+
+
+@dataclasses.dataclass
+class TrainState:
+    """What a checkpoint keeps beside the engine's own files; plain JSON data."""
+
+    step: int = 0
+    supervised_tokens: int = 0
+    loss: float = math.nan
+    """Mean loss a token of the last steps that were logged together, nats."""
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    best_bpb: float | None = None
+    best_step: int | None = None
+    seconds: float = 0.0
+    weights_before: list[float] = dataclasses.field(default_factory=list)
+
+
+class TrainLoop:
+    """Runs ``settings.max_steps`` optimizer steps from wherever ``state`` stands.
+
+    Args:
+        engine: takes micro-batches and steps.
+        batch: ``(step, rows)`` to a NamedTuple of tensors with ``labels``; a pure function.
+        evaluate: measures the model as it is; its dictionary holds ``bpb``.
+        store: where checkpoints go; ``facts`` (plain JSON) are kept with each.
+        tracker: ``log(event, step, values)``.
+        watch: knows whether the run was asked to stop.
+        progress: prints.
+    """
+
+    def __init__(
+        self,
+        settings: LoopSettings,
+        *,
+        engine: TrainingEngine,
+        batch: Callable[[int, slice], Any],
+        evaluate: Callable[[], dict[str, Any]],
+        guard: StepGuard,
+        store: CheckpointStore,
+        tracker: Any,
+        watch: Any,
+        progress: Progress,
+        facts: Mapping[str, Any],
+    ) -> None:
+        self.settings, self.engine, self.batch, self.evaluate = settings, engine, batch, evaluate
+        self.guard, self.store, self.tracker, self.watch = guard, store, tracker, watch
+        self.progress, self.facts = progress, facts
+        self.state = TrainState()
+        self._saved_step: int | None = None
+
+    def restore(self, saved: Mapping[str, Any], guard_config: GuardConfig) -> None:
+        """Take up state and guard counters from a checkpoint's ``state``; the engine loads its own files."""
+        self.state = TrainState(**saved["train"])
+        self.guard = StepGuard.restored(guard_config, saved["guard"])
+        self._saved_step = self.state.step
+
+    def run(self) -> None:
+        """Train to the end and save there.
+
+        Raises:
+            StopRequested: on all ranks, after a save at a step boundary.
+            TooManySkippedSteps: when the guard gives up.
+        """
+        self.progress.resume_clock()
+        while self.state.step < self.settings.max_steps:
+            with _one_line_when_out_of_memory(self.settings.micro_batch_size):
+                self._train_step()
+            self._at_boundary()
+        self.save()
+
+    def save(self) -> None:
+        """Save a checkpoint of the present step, unless there is one; collective."""
+        step = self.state.step
+        if self._saved_step == step:
+            return
+        content = {"train": dataclasses.asdict(self.state), "guard": self.guard.state(), **self.facts}
+        # What a checkpoint says happened must be on disk before it: a resume goes by both.
+        self.tracker.flush()
+        path = self.store.save(step, self.engine.save, content, pin=step == self.settings.pin_at_step)
+        self.tracker.log_checkpoint(step, path)
+        self._saved_step = step
+        self.progress.saved()
+
+    def log_evaluation(self) -> dict[str, Any]:
+        """Evaluate, log and print; remembers the best."""
+        values = self.evaluate()
+        step = self.state.step
+        if self.state.best_bpb is None or values["bpb"] < self.state.best_bpb:
+            self.state.best_bpb, self.state.best_step = values["bpb"], step
+        self.tracker.log("eval", step, values)
+        by_language = "  ".join(f"{k.removeprefix('bpb/')} {v:.4f}" for k, v in values.items() if k.startswith("bpb/"))
+        self.progress.say(f"step {step}  held-out {values['bpb']:.4f} bits/byte  {by_language}")
+        return values
+
+    def _train_step(self) -> None:
+        started = time.monotonic()
+        step = self.state.step
+        lr = self.settings.lr_at(step)
+        loss, n_tokens = self._accumulate(step)
+        grad_norm, reason = self.engine.step(lr, lambda norm: self.guard.judge(loss, norm))
+        self.state.step += 1
+        if reason is None:
+            self.state.supervised_tokens += n_tokens
+            self.state.loss_sum += loss
+            self.state.loss_count += 1
+        seconds = time.monotonic() - started
+        self.state.seconds += seconds
+        self.progress.count(seconds)
+        if reason is not None:
+            self._report_skip(reason, loss, grad_norm)
+        if self.state.step % self.settings.log_every_steps == 0 or self.state.step == self.settings.max_steps:
+            self._log(lr, grad_norm)
+
+    def _accumulate(self, step: int) -> tuple[float, int]:
+        """Loss a token of the whole step over all ranks, and its scored tokens; gradients are left in the engine."""
+        batches = [self.batch(step, rows) for rows in self._rows()]
+        # The model shifts labels, so what stands at t = 0 is never predicted.
+        scored = sum(int((batch.labels[:, 1:] != -100).sum()) for batch in batches)
+        n_tokens = int(distributed.all_reduce_sum(scored))
+        losses = [self.engine.accumulate(batch._asdict(), max(n_tokens, 1)) for batch in batches]
+        return distributed.all_reduce_sum(float(torch.stack(losses).double().sum())), n_tokens
+
+    def _rows(self) -> list[slice]:
+        """This rank's rows of a step, a micro-batch at a time."""
+        micro = self.settings.micro_batch_size
+        count = self.settings.global_batch_size // distributed.world_size()
+        first = distributed.rank() * count
+        return [slice(start, start + micro) for start in range(first, first + count, micro)]
+
+    def _at_boundary(self) -> None:
+        """What happens between steps. A stop is honoured last, when the boundary's evaluation and save are done."""
+        step, settings = self.state.step, self.settings
+        self.guard.stop_if_hopeless(step)
+        is_last = step == settings.max_steps
+        paused = False
+        if _due(step, settings.eval_every_steps) and not is_last:
+            self.log_evaluation()
+            paused = True
+        if _due(step, settings.checkpoint_every_steps) or step == settings.pin_at_step:
+            self.save()
+            paused = True
+        if self.watch.agreed():
+            self.save()
+            distributed.barrier()
+            raise StopRequested(f"saved at step {step}, asked to stop by {self.watch.reason}")
+        if paused:
+            self.progress.resume_clock()
+
+    def _log(self, lr: float, grad_norm: float) -> None:
+        state, step = self.state, self.state.step
+        if state.loss_count:
+            state.loss = state.loss_sum / state.loss_count
+        state.loss_sum, state.loss_count = 0.0, 0
+        figures = self.progress.figures(step)
+        values = {
+            "loss_nats_per_token": state.loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "supervised_tokens": state.supervised_tokens,
+            "skipped_nonfinite": self.guard.skipped_nonfinite,
+            "skipped_spike": self.guard.skipped_spike,
+            **{name: value for name, value in figures.items() if name in ("tokens_per_s", "mfu")},
+        }
+        self.tracker.log("train", step, values)
+        self.progress.say(self.progress.line(step, state.loss, lr, figures, self.guard.skipped))
+
+    def _report_skip(self, reason: str, loss: float, grad_norm: float) -> None:
+        step = self.state.step
+        values = {"reason": reason, "loss_nats_per_token": loss, "grad_norm": grad_norm, "skipped": self.guard.skipped}
+        self.tracker.log("skip", step, values)
+        self.progress.say(
+            f"step {step} skipped ({reason}): loss {loss:.4g}, gradient norm {grad_norm:.4g}, "
+            f"{self.guard.skipped_in_a_row} in a row, {self.guard.skipped} in all"
+        )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+@contextlib.contextmanager
+def _one_line_when_out_of_memory(micro_batch_size: int) -> Iterator[None]:
+    """Turn running out of memory into one line that names the field to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # On the host torch's allocator raises a plain RuntimeError.
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and "can't allocate memory" not in str(error):
+            raise
+        raise RuntimeError(
+            f"out of memory in a training step at micro_batch_size {micro_batch_size}; lower micro_batch_size "
+            "(the result stays the same), or set activation_checkpointing, or another deepspeed config"
+        ) from error

@@ -1,0 +1,344 @@
+"""How a pretraining run is put together: data, model, engine, loop, final evaluation, audit, output."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from data import baselines
+from data.heldout import HeldoutSet
+from data.loader import MixtureLoader
+from model import cost, init
+from model.config import HybridConfig
+from model.lm import HybridForCausalLM, model_backends
+from stages.base import ConfigError, Fault, StageContext, StageResult
+from stages.runtime import distributed, ds_config, rng, settings, warm_start
+from stages.runtime.audit import TrainingRecord, audit
+from stages.runtime.checkpoint import CheckpointStore, load_weights, save_weights
+from stages.runtime.engine import TrainingEngine, prepare_environment
+from stages.runtime.evaluation import evaluate
+from stages.runtime.guards import StepGuard
+from stages.runtime.loop import LoopSettings, TrainLoop
+from stages.runtime.optimizer import adamw, embedding_parameters, parameter_groups
+from stages.runtime.progress import Progress, peak_flops
+from stages.runtime.schedule import lr_at, same_path
+
+CHECKPOINTS = "checkpoints"
+EVALUATION = "evaluation.json"
+
+
+class Pretraining:
+    """One run; the parts are built in the order in which they can fail, cheapest first."""
+
+    def __init__(self, context: StageContext) -> None:
+        assert context.model is not None, "check() refuses a recipe without a model"
+        self.context, self.config, self.spec = context, context.config, context.model
+
+    def run(self) -> StageResult:
+        """See ``stages.pretrain.Pretrain.run``."""
+        prepare_environment()
+        transformers.utils.logging.disable_progress_bar()
+        distributed.init_process_group()
+        with _faults_of(self.context.name):
+            self._check_engine()
+            self._open_data()
+            self._check_parent()
+        self._build()
+        with distributed.StopWatch(self.context.directory) as watch:
+            loop = self._loop(watch)
+            with _faults_of(self.context.name):
+                self._resume(loop)
+            loop.run()
+            return self._finish(loop)
+
+    def _check_engine(self) -> None:
+        config = self.config
+        facts = ds_config.engine_facts(config.deepspeed)
+        faults = ds_config.combination_faults(
+            facts, name=config.deepspeed, compile_model=config.compile, has_gpu=torch.cuda.is_available()
+        )
+        if faults:
+            raise ConfigError(faults)
+        self.engine_config = ds_config.engine_config(
+            facts,
+            global_batch_size=config.global_batch_size,
+            micro_batch_size=config.micro_batch_size,
+            world_size=distributed.world_size(),
+            max_grad_norm=config.max_grad_norm,
+            precision=config.precision,
+        )
+
+    def _open_data(self) -> None:
+        config, folder = self.config, self.context.parent_output("data")
+        try:
+            self.loader = MixtureLoader(
+                folder,
+                seq_len=config.seq_len,
+                global_batch_size=config.global_batch_size,
+                seed=self.context.seed,
+                weights=config.mixture,
+                max_epochs=config.max_epochs,
+            )
+            self.mixture = self.loader.plan(config.max_steps)
+            self.heldout = HeldoutSet(folder)
+            self.loader.info.check_model(self.spec.vocab_size)
+        except ValueError as error:
+            raise ConfigError(Fault("data", str(error))) from error
+        self.unigram = np.load(folder / "unigram.npy")
+        self.tokenizer_dir = folder / "tokenizer"
+
+    def _check_parent(self) -> None:
+        self.parent_metrics: dict[str, Any] = {}
+        self.start_line = "from scratch"
+        if "from_" not in self.context.parents:
+            return
+        self.parent_metrics = warm_start.parent_metrics(self.context.parents["from_"])
+        parent_lr = self.parent_metrics.get("final_lr")
+        self.start_line = warm_start.check_learning_rate(self.config.lr, parent_lr, rewarm=self.config.rewarm)
+        output = self.context.parent_output("from_")
+        warm_start.check_model(self.spec, HybridConfig.from_pretrained(output).spec)
+        warm_start.check_tokenizer(output, self.loader.info.tokenizer_digest)
+
+    def _build(self) -> None:
+        config, info = self.config, self.loader.info
+        rng.seed_all(self.context.seed)
+        self.model = HybridForCausalLM(
+            HybridConfig.from_spec(self.spec, eos_token_id=info.eos_id, pad_token_id=info.pad_id)
+        ).float()
+        if "from_" in self.context.parents:
+            load_weights(self.context.parent_output("from_"), self.model)
+        if config.activation_checkpointing:
+            # transformers renamed the method within the versions that we support.
+            getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)()
+        # Names are taken before the engine: ZeRO-3 flattens what it partitions.
+        islands, undecayed = init.fp32_islands(self.model), self._undecayed()
+        groups = parameter_groups(
+            self.model,
+            weight_decay=config.weight_decay,
+            decay_embeddings=config.decay_embeddings,
+            exempt=init.no_decay,
+        )
+        if config.compile:
+            self.model.compile()
+        optimizer = adamw(groups, betas=config.betas, eps=config.eps)
+        self.engine = TrainingEngine(self.model, optimizer, self.engine_config)
+        self.engine.assert_precision(islands, undecayed)
+
+    def _undecayed(self) -> set[str]:
+        embeddings = {id(weight) for weight in embedding_parameters(self.model)}
+        return {
+            name
+            for name, parameter in self.model.named_parameters()
+            if (not self.config.decay_embeddings if id(parameter) in embeddings else init.no_decay(name, parameter))
+        }
+
+    def _loop(self, watch: Any) -> TrainLoop:
+        config = self.config
+        loop_settings = LoopSettings(
+            max_steps=config.max_steps,
+            global_batch_size=config.global_batch_size,
+            micro_batch_size=config.micro_batch_size,
+            lr_at=self._lr,
+            eval_every_steps=config.eval_every_steps,
+            checkpoint_every_steps=config.checkpoint_every_steps,
+            pin_at_step=settings.pin_step(config),
+            log_every_steps=config.log_every_steps,
+        )
+        return TrainLoop(
+            loop_settings,
+            engine=self.engine,
+            batch=self.loader.batch,
+            evaluate=self._evaluate,
+            guard=StepGuard(config.guards),
+            store=CheckpointStore(self.context.directory / CHECKPOINTS, keep=config.keep_checkpoints),
+            tracker=self.context.tracker,
+            watch=watch,
+            progress=self._progress(),
+            facts=self._run_facts(),
+        )
+
+    def _lr(self, step: int) -> float:
+        config = self.config
+        return lr_at(step, config.schedule, lr=config.lr, max_steps=config.max_steps, min_lr_ratio=config.min_lr_ratio)
+
+    def _progress(self) -> Progress:
+        gpu = torch.cuda.is_available()
+        return Progress(
+            max_steps=self.config.max_steps,
+            tokens_per_step=self.config.global_batch_size * self.config.seq_len,
+            flops_per_token=cost.training_flops_per_token(self.spec, self.config.seq_len),
+            world_size=distributed.world_size(),
+            peak=peak_flops(torch.cuda.get_device_name()) if gpu and self.config.precision == "bf16" else None,
+            quiet=distributed.rank() != 0,
+        )
+
+    def _run_facts(self) -> dict[str, Any]:
+        return {
+            "max_steps": self.config.max_steps,
+            "world_size": distributed.world_size(),
+            "zero_stage": self.engine.zero_stage,
+        }
+
+    def _resume(self, loop: TrainLoop) -> None:
+        """Go on from the newest checkpoint on this course, or announce a start from step 0."""
+        self._announce(loop.progress)
+        found = loop.store.newest(self._is_on_course)
+        if found is None:
+            loop.store.set_aside_after(-1)
+            # A run killed before its first save leaves rows of a future that never came.
+            self.context.tracker.resume(0)
+            loop.state.weights_before = self.engine.fingerprint()
+            if "from_" in self.context.parents:
+                loop.log_evaluation()
+            return
+        step, folder, saved = found
+        self._check_shape(step, saved)
+        loop.store.set_aside_after(step)
+        self.engine.load(folder)
+        loop.restore(saved, self.config.guards)
+        self.context.tracker.resume(step)
+        loop.progress.say(f"resumed from step {step}")
+
+    def _is_on_course(self, step: int, saved: dict[str, Any]) -> bool:
+        """Whether the steps up to ``step`` had the learning rates that this config gives them."""
+        return same_path(
+            step, self.config.schedule, max_steps=self.config.max_steps, other_max_steps=saved["max_steps"]
+        )
+
+    def _check_shape(self, step: int, saved: dict[str, Any]) -> None:
+        faults = []
+        if saved["world_size"] != distributed.world_size():
+            ranks = f"was saved by {saved['world_size']} ranks and loads on as many; got {distributed.world_size()}"
+            faults.append(Fault("", f"the checkpoint of step {step} {ranks}; start {saved['world_size']} ranks"))
+        if saved["zero_stage"] != self.engine.zero_stage:
+            stage = f"was saved under ZeRO-{saved['zero_stage']}; got {self.config.deepspeed}"
+            faults.append(
+                Fault("deepspeed", f"the checkpoint of step {step} {stage}; go on with zero{saved['zero_stage']}")
+            )
+        if faults:
+            raise ConfigError(faults)
+
+    def _announce(self, progress: Progress) -> None:
+        config = self.config
+        count = cost.count_parameters(self.spec)
+        tokens = config.max_steps * config.global_batch_size * config.seq_len
+        progress.say(
+            f"{count.total:,} parameters, {tokens:,} tokens in {config.max_steps:,} steps of "
+            f"{config.global_batch_size} x {config.seq_len}, {distributed.world_size()} ranks, {config.deepspeed}, "
+            f"{config.precision}; {self.start_line}"
+        )
+        for name, figures in self.mixture.items():
+            progress.say(
+                f"  source {name}: share {figures['share_realised']:.2%} (asked {figures['share_asked']:.2%}), "
+                f"{figures['tokens']:,.0f} tokens, {figures['epochs']:.2f} epochs"
+            )
+        for line in model_backends(self.model):
+            progress.say(f"  {line}")
+
+    def _evaluate(self) -> dict[str, Any]:
+        self.model.eval()
+        try:
+            result = evaluate(
+                lambda **batch: self.engine.forward(**batch).logits,
+                self.heldout,
+                seq_len=self.config.seq_len,
+                rows=self.config.eval_batch_size,
+                device=self.engine.device,
+            )
+        finally:
+            self.model.train()
+        return result.metrics()
+
+    def _finish(self, loop: TrainLoop) -> StageResult:
+        started = time.monotonic()
+        evaluation = loop.log_evaluation()
+        record = TrainingRecord(
+            steps_applied=loop.guard.taken,
+            supervised_tokens=loop.state.supervised_tokens,
+            loss=loop.state.loss,
+            weights_before=loop.state.weights_before,
+            weights_after=self.engine.fingerprint(),
+            evaluation=evaluation,
+        )
+        # Fingerprints under ZeRO-3 are of one rank's shards, and the checkpoint keeps rank 0's.
+        distributed.on_rank_zero(lambda: audit(record))
+        save_weights(self.context.output, self.model, self.tokenizer_dir)
+        metrics = self._metrics(loop, evaluation, record)
+        distributed.on_rank_zero(lambda: self._write_evaluation(metrics))
+        loop.progress.say(f"final evaluation and output took {time.monotonic() - started:.1f}s")
+        return StageResult(metrics, self._summary(metrics))
+
+    def _metrics(self, loop: TrainLoop, evaluation: dict[str, Any], record: TrainingRecord) -> dict[str, Any]:
+        state, guard, config = loop.state, loop.guard, self.config
+        tokens = config.max_steps * config.global_batch_size * config.seq_len
+        return {
+            "final_loss_nats_per_token": state.loss,
+            "final_lr": self._lr(config.max_steps - 1),
+            **evaluation,
+            **distributed.on_rank_zero(self._yardsticks),
+            "best_bpb": state.best_bpb,
+            "best_step": state.best_step,
+            "steps": state.step,
+            "tokens": tokens,
+            "supervised_tokens": state.supervised_tokens,
+            "tokens_per_s": tokens / state.seconds if state.seconds else 0.0,
+            "skipped_steps": guard.skipped,
+            "skipped_nonfinite": guard.skipped_nonfinite,
+            "skipped_spike": guard.skipped_spike,
+            "unchanged_parameters": record.unchanged_parameters,
+            "parameters": cost.count_parameters(self.spec).total,
+        }
+
+    def _yardsticks(self) -> dict[str, float]:
+        """What a unigram model and ``xz`` need for the same held-out text, by language."""
+        unigram = baselines.unigram_bits_per_byte(self.unigram, self.heldout)
+        found = {}
+        for language in [None, *self.heldout.languages]:
+            suffix = "" if language is None else f"/{language}"
+            found[f"bpb_unigram{suffix}"] = unigram[language or baselines.ALL]
+            found[f"bpb_xz{suffix}"] = baselines.xz_bits_per_byte(self.heldout.texts(language))
+        return found
+
+    def _write_evaluation(self, metrics: dict[str, Any]) -> None:
+        # Speed is no property of the weights: two identical runs must have one digest.
+        metrics = {name: value for name, value in metrics.items() if name != "tokens_per_s"}
+        text = json.dumps({"heldout_hash": self.heldout.hash, "metrics": metrics}, indent=1, allow_nan=False)
+        (self.context.output / EVALUATION).write_text(text + "\n", encoding="utf-8")
+
+    def _summary(self, metrics: dict[str, Any]) -> list[str]:
+        parent = self.parent_metrics
+        same_set = parent.get("heldout_hash") == metrics["heldout_hash"]
+        lines = [
+            f"{metrics['parameters']:,} parameters, {metrics['steps']:,} steps, {metrics['tokens']:,} tokens at "
+            f"{metrics['tokens_per_s']:,.0f} tok/s, {metrics['skipped_steps']} steps skipped; {self.start_line}",
+            f"final loss {metrics['final_loss_nats_per_token']:.4f} nats/token, final lr {metrics['final_lr']:.3g}",
+            "held-out bits/byte      model   unigram        xz    parent",
+        ]
+        for language in [None, *self.heldout.languages]:
+            suffix = "" if language is None else f"/{language}"
+            theirs = parent.get(f"bpb{suffix}") if same_set else None
+            lines.append(
+                f"  {language or 'all':<18} {metrics[f'bpb{suffix}']:>8.4f}  {metrics[f'bpb_unigram{suffix}']:>8.4f}  "
+                f"{metrics[f'bpb_xz{suffix}']:>8.4f}  {f'{theirs:8.4f}' if theirs is not None else '       -'}"
+            )
+        if parent and not same_set:
+            lines.append("  the parent was measured on another held-out set: not compared")
+        return lines
+
+
+@contextlib.contextmanager
+def _faults_of(stage: str) -> Iterator[None]:
+    """Give faults the dotted path that the user would write: the stage's name before the field's."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(
+            [Fault(f"{stage}.{fault.path}".rstrip("."), fault.message, fault.line) for fault in error.faults]
+        ) from error

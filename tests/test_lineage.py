@@ -1,0 +1,141 @@
+"""The ancestry of an artifact is read from the disk alone, and whatever no longer fits it is named."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from tracked_run import ROOT, sealed, tracker_in
+
+from pipelines.lineage import main
+
+CORPUS, TOKENIZER, TOKENS, MODEL = "clean-aaaaaaaa", "tokenizer-bbbbbbbb", "tokenize-cccccccc", "pretrain-dddddddd"
+
+
+def make(runs, name, inputs=(), sources=None):
+    """A finished artifact made from the artifacts `inputs`, as the lifecycle leaves it; returns its digest."""
+    stage, key8 = name.split("-")
+    directory = runs / "demo" / name
+    digest = sealed(directory / "output", content=name.encode())
+    tracker = tracker_in(directory, stage=stage, kind=stage, key=key8 * 8)
+    for parent, parent_digest in inputs:
+        tracker.use_artifact(parent, runs / "demo" / parent / "output", parent_digest)
+    tracker.log_artifact(name, "model", directory / "output", digest, {})
+    tracker.finish("done")
+    record = {"format": 1, "state": "done", "stage": stage, "kind": stage, "key": key8 * 8, "output_digest": digest}
+    (directory / "stage.json").write_text(json.dumps({**record, "sources": sources or {}}))
+    return digest
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """clean -> tokenizer, clean + tokenizer -> tokenize -> pretrain."""
+    corpus = make(tmp_path, CORPUS, sources={"wikipedia": "sha256:0123", "code": "sha256:4567"})
+    tokenizer = make(tmp_path, TOKENIZER, [(CORPUS, corpus)])
+    tokens = make(tmp_path, TOKENS, [(CORPUS, corpus), (TOKENIZER, tokenizer)])
+    make(tmp_path, MODEL, [(TOKENS, tokens)])
+    return tmp_path
+
+
+def output(runs, name):
+    return runs / "demo" / name / "output" / "model.safetensors"
+
+
+def test_show_prints_the_ancestry_down_to_the_sources_with_keys_and_digests(runs, capsys):
+    assert main(["--runs", str(runs), "show", "pretrain"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [(len(line) - len(line.lstrip()), line.split()[0]) for line in lines] == [
+        (0, MODEL), (2, TOKENS), (4, CORPUS), (6, "source"), (6, "source"), (4, TOKENIZER), (6, CORPUS),
+    ]  # fmt: skip
+    assert lines[3].split() == ["source", "code", "sha256:4567"]
+    recorded = json.loads((runs / "demo" / TOKENS / "stage.json").read_text())
+    assert f"key {'c' * 12} " in lines[1]
+    assert f"output {recorded['output_digest'][:12]}" in lines[1]
+    assert "CHANGED" not in "".join(lines)
+
+
+def test_an_artifact_is_found_by_path_and_an_unclear_name_is_refused(runs, capsys):
+    assert main(["show", str(runs / "demo" / CORPUS)]) == 0
+    assert main(["--runs", str(runs), "show", "tokeni"]) == 2
+    refusal = capsys.readouterr().err
+    assert TOKENIZER in refusal
+    assert TOKENS in refusal
+    assert main(["--runs", str(runs), "show", "*"]) == 2
+    assert main(["--runs", str(runs), "show", "../.."]) == 2
+
+
+def test_verify_passes_over_a_whole_family(runs, capsys):
+    assert main(["--runs", str(runs), "verify", "pretrain"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert captured.out.count("ok ") == 4
+
+
+@pytest.mark.parametrize("arguments", [["verify", "pretrain"], ["verify"]])
+def test_verify_names_a_flipped_byte_in_an_ancestor(runs, capsys, arguments):
+    path = output(runs, CORPUS)
+    path.write_bytes(b"X" + path.read_bytes()[1:])
+    assert main(["--runs", str(runs), *arguments]) == 1
+    (fault,) = capsys.readouterr().err.splitlines()
+    assert CORPUS in fault
+    assert "model.safetensors" in fault
+
+
+def test_verify_does_not_look_beyond_the_family(runs):
+    output(runs, MODEL).write_bytes(b"other")
+    assert main(["--runs", str(runs), "verify", "tokenize-"]) == 0
+    assert main(["--runs", str(runs), "verify"]) == 1
+
+
+def test_a_damaged_checkpoint_is_found(runs, capsys):
+    folder = runs / "demo" / MODEL / "checkpoints" / "step-00000007"
+    sealed(folder)
+    assert main(["--runs", str(runs), "verify", MODEL]) == 0
+    (folder / "model.safetensors").unlink()
+    assert main(["--runs", str(runs), "verify", MODEL]) == 1
+    assert "step-00000007: model.safetensors is missing" in capsys.readouterr().err
+
+
+def test_a_parent_that_was_made_anew_is_said_to_have_changed(runs, capsys):
+    from stages.runtime.manifest import write_manifest
+
+    output(runs, CORPUS).write_bytes(b"another corpus")
+    digest = write_manifest(output(runs, CORPUS).parent)
+    record = json.loads((runs / "demo" / CORPUS / "stage.json").read_text())
+    (runs / "demo" / CORPUS / "stage.json").write_text(json.dumps({**record, "output_digest": digest}))
+    assert main(["--runs", str(runs), "show", MODEL]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("CHANGED") == 2  # as an input of tokenize and of tokenizer
+    assert main(["--runs", str(runs), "verify", MODEL]) == 1
+    assert capsys.readouterr().err.count(f"was made from {CORPUS}") == 2
+
+
+def test_a_parent_that_is_gone_is_named(runs, capsys):
+    import shutil
+
+    shutil.rmtree(runs / "demo" / CORPUS)
+    assert main(["--runs", str(runs), "show", TOKENIZER]) == 0
+    assert f"{CORPUS}  GONE" in capsys.readouterr().out
+    assert main(["--runs", str(runs), "verify", TOKENIZER]) == 1
+
+
+def test_a_moved_runs_folder_keeps_its_lineage(runs, tmp_path, capsys):
+    moved = tmp_path / "elsewhere"
+    (runs / "demo").rename(moved)
+    assert main(["show", str(moved / MODEL)]) == 0
+    assert "GONE" not in capsys.readouterr().out
+    assert main(["verify", str(moved / MODEL)]) == 0
+
+
+def test_an_empty_runs_folder_is_refused(tmp_path, capsys):
+    assert main(["--runs", str(tmp_path), "verify"]) == 2
+    assert "must hold artifacts" in capsys.readouterr().err
+
+
+def test_the_module_runs_as_a_command_without_heavy_imports():
+    code = (
+        "import sys\nfrom pipelines.lineage import main\ntry:\n    main(['--help'])\nexcept SystemExit as end:\n"
+        "    assert end.code == 0\nassert not {'torch', 'deepspeed', 'transformers', 'wandb'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "verify" in done.stdout
