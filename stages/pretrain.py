@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -101,6 +103,14 @@ class Pretrain(Stage):
     def check(cls, config: Any, model: ModelSpec | None) -> list[Fault]:
         """Faults between fields, and between the fields and the model."""
         return settings.faults(config, model)
+
+    @classmethod
+    def check_parents(cls, config: Any, model: ModelSpec | None, parents: Mapping[str, Path]) -> list[Fault]:
+        """A vocabulary beyond the embedding (K10), a warm start from other shapes, tokenizer or a lower rate (T1)."""
+        from stages.runtime.warm_start import parent_faults
+
+        assert model is not None, "check() refuses a recipe without a model"
+        return parent_faults(config, model, parents)
 
     @classmethod
     def plan(cls, config: Any, model: ModelSpec | None, world_size: int) -> dict[str, Any]:

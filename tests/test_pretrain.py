@@ -52,7 +52,11 @@ class StopsAt(Log):
 
 
 def run(directory, tokens, **changes):
-    return Pretrain().run(context(directory, tokens, **changes))
+    """What the lifecycle does: the parents are checked before anything is built."""
+    at = context(directory, tokens, **changes)
+    if faults := Pretrain.check_parents(at.config, at.model, at.parents):
+        raise ConfigError(faults)
+    return Pretrain().run(at)
 
 
 def weights(directory):
@@ -140,7 +144,7 @@ def test_a_warm_start_above_the_parents_final_lr_is_refused_unless_rewarm_says_s
     first = run(tmp_path / "parent", tokens)
     parent = finish_as_parent(tmp_path / "parent", first)
     assert first.metrics["final_lr"] == pytest.approx(3e-4)
-    with pytest.raises(ConfigError, match=r"pretrain\.lr: must be at most the parent's final lr 0\.0003"):
+    with pytest.raises(ConfigError, match=r"^lr: must be at most the parent's final lr 0\.0003"):
         run(tmp_path / "refused", tokens, parent=parent, lr=1e-3)
     result = run(tmp_path / "rewarmed", tokens, parent=parent, lr=1e-3, rewarm=True)
     assert any("parent's final lr 0.0003, own peak lr 0.001" in line for line in result.summary)
@@ -151,7 +155,7 @@ def test_a_warm_start_above_the_parents_final_lr_is_refused_unless_rewarm_says_s
 
 def test_a_warm_start_refuses_weights_that_mean_something_else(tmp_path, tokens):
     parent = finish_as_parent(tmp_path / "parent", run(tmp_path / "parent", tokens, max_steps=2))
-    with pytest.raises(ConfigError, match=r"pretrain\.from: model\.norm_eps must be the parent's 1e-05; got 0\.001"):
+    with pytest.raises(ConfigError, match=r"^from: model\.norm_eps must be the parent's 1e-05; got 0\.001"):
         run(tmp_path / "child", tokens, parent=parent, lr=1e-6, model=spec(norm_eps=1e-3))
     (parent / "output" / "info.json").write_text('{"digest": "other"}')
     with pytest.raises(ConfigError, match="must carry the data's tokenizer"):
@@ -275,7 +279,7 @@ def test_the_engine_never_casts_or_decays_the_islands(tmp_path, tokens, monkeypa
 
 
 def test_a_vocabulary_beyond_the_embedding_is_refused(tmp_path, tokens):  # trap K10
-    with pytest.raises(ConfigError, match=r"pretrain\.data: model\.vocab_size must be at least"):
+    with pytest.raises(ConfigError, match=r"^data: model\.vocab_size must be at least"):
         run(tmp_path, tokens, model=spec(vocab_size=64))
 
 

@@ -40,6 +40,9 @@ class Pretraining:
     def __init__(self, context: StageContext) -> None:
         assert context.model is not None, "check() refuses a recipe without a model"
         self.context, self.config, self.spec = context, context.config, context.model
+        parent = context.parents.get("from_")
+        self.start_line = warm_start.start_line(context.config, parent)
+        self.parent_metrics = warm_start.parent_metrics(parent) if parent else {}
 
     def run(self) -> StageResult:
         """See ``stages.pretrain.Pretrain.run``."""
@@ -49,7 +52,6 @@ class Pretraining:
         with _faults_of(self.context.name):
             self._check_engine()
             self._open_data()
-            self._check_parent()
         self._build()
         with distributed.StopWatch(self.context.directory) as watch:
             loop = self._loop(watch)
@@ -88,23 +90,10 @@ class Pretraining:
             )
             self.mixture = self.loader.plan(config.max_steps)
             self.heldout = HeldoutSet(folder)
-            self.loader.info.check_model(self.spec.vocab_size)
         except ValueError as error:
             raise ConfigError(Fault("data", str(error))) from error
         self.unigram = np.load(folder / "unigram.npy")
         self.tokenizer_dir = folder / "tokenizer"
-
-    def _check_parent(self) -> None:
-        self.parent_metrics: dict[str, Any] = {}
-        self.start_line = "from scratch"
-        if "from_" not in self.context.parents:
-            return
-        self.parent_metrics = warm_start.parent_metrics(self.context.parents["from_"])
-        parent_lr = self.parent_metrics.get("final_lr")
-        self.start_line = warm_start.check_learning_rate(self.config.lr, parent_lr, rewarm=self.config.rewarm)
-        output = self.context.parent_output("from_")
-        warm_start.check_model(self.spec, HybridConfig.from_pretrained(output).spec)
-        warm_start.check_tokenizer(output, self.loader.info.tokenizer_digest)
 
     def _build(self) -> None:
         config, info = self.config, self.loader.info

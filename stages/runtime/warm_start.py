@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data.shards import read_info
 from model.spec import ModelSpec
-from stages.base import ConfigError, Fault
+from stages.base import Fault
 from stages.runtime.artifact import read_record
 
 FREE_FIELDS = ("max_seq_len", "initializer_range")
@@ -21,52 +23,69 @@ def parent_metrics(parent: Path) -> dict[str, Any]:
     return dict(record.get("metrics") or {}) if record else {}
 
 
-def check_learning_rate(lr: float, parent_lr: float | None, *, rewarm: bool) -> str:
-    """The line that shows both rates, or a refusal.
+def parent_faults(config: Any, spec: ModelSpec, parents: Mapping[str, Path]) -> list[Fault]:
+    """What of the finished parents (``data``, perhaps ``from_``) does not fit ``config`` and ``spec``; no torch."""
+    info = read_info(parents["data"] / "output")
+    faults = []
+    try:
+        info.check_model(spec.vocab_size)
+    except ValueError as error:
+        faults.append(Fault("data", str(error)))
+    if "from_" in parents:
+        output = parents["from_"] / "output"
+        faults += learning_rate_faults(config, parent_metrics(parents["from_"]).get("final_lr"))
+        faults += model_faults(spec, spec_of(output))
+        faults += tokenizer_faults(output, info.tokenizer_digest)
+    return faults
 
-    Raises:
-        ConfigError: when the peak is above the parent's final rate, or that is unknown, and ``rewarm`` is not set.
-    """
-    shown = "unknown" if parent_lr is None else f"{parent_lr:.3g}"
-    line = f"warm start: parent's final lr {shown}, own peak lr {lr:.3g}"
+
+def start_line(config: Any, parent: Path | None) -> str:
+    """Where a run starts; on a warm start the parent's final learning rate beside the own peak."""
+    if parent is None:
+        return "from scratch"
+    line = f"warm start: parent's final lr {_rate(parent_metrics(parent).get('final_lr'))}, own peak lr {config.lr:.3g}"
+    return f"{line}, rewarm" if config.rewarm else line
+
+
+def learning_rate_faults(config: Any, parent_lr: float | None) -> list[Fault]:
+    """A peak above the parent's final rate, or a rate that is unknown, unless ``rewarm`` is set (TRAPS T1)."""
     # The tolerance is for a rate that went through text, not for a warm-up.
-    if rewarm or (parent_lr is not None and lr <= parent_lr * (1 + 1e-6)):
-        return f"{line}, rewarm" if rewarm else line
-    raise ConfigError(
-        Fault(
-            "lr",
-            f"must be at most the parent's final lr {shown} on a warm start; got {lr:g}; set less, or rewarm: true",
-        )
-    )
+    if config.rewarm or (parent_lr is not None and config.lr <= parent_lr * (1 + 1e-6)):
+        return []
+    shown = _rate(parent_lr)
+    message = f"must be at most the parent's final lr {shown} on a warm start; got {config.lr:g}"
+    return [Fault("lr", f"{message}; set less, or rewarm: true")]
 
 
-def check_model(spec: ModelSpec, parent_spec: ModelSpec) -> None:
-    """Refuse a model section that gives the parent's weights another meaning.
-
-    Raises:
-        ConfigError: one fault a field that differs.
-    """
+def model_faults(spec: ModelSpec, parent_spec: ModelSpec) -> list[Fault]:
+    """One fault for each field that gives the parent's weights another meaning."""
     own, theirs = _meaning(spec), _meaning(parent_spec)
-    faults = [
+    return [
         Fault("from", f"model.{name} must be the parent's {theirs.get(name)}; got {own.get(name)}; set the parent's")
         for name in sorted(own.keys() | theirs.keys())
         if own.get(name) != theirs.get(name)
     ]
-    if faults:
-        raise ConfigError(faults)
 
 
-def check_tokenizer(parent_output: Path, data_digest: str) -> None:
-    """Refuse a parent that was trained with another tokenizer than the data's.
-
-    Raises:
-        ConfigError: when the digests differ or the parent carries none.
-    """
+def tokenizer_faults(parent_output: Path, data_digest: str) -> list[Fault]:
+    """A parent that was trained with another tokenizer or chat template than the data's, or that carries none."""
     path = parent_output / "info.json"
     digest = json.loads(path.read_bytes()).get("digest") if path.is_file() else None
-    if digest != data_digest:
-        message = f"must carry the data's tokenizer {data_digest[:12]}; got {str(digest)[:12]}; tokenize with it"
-        raise ConfigError(Fault("from", message))
+    if digest == data_digest:
+        return []
+    return [
+        Fault("from", f"must carry the data's tokenizer {data_digest[:12]}; got {str(digest)[:12]}; tokenize with it")
+    ]
+
+
+def spec_of(output: Path) -> ModelSpec:
+    """The model section that a finished model's ``config.json`` stands for."""
+    plain = json.loads((output / "config.json").read_bytes())
+    return ModelSpec.model_validate({name: plain[name] for name in ModelSpec.model_fields if name in plain})
+
+
+def _rate(lr: float | None) -> str:
+    return "unknown" if lr is None else f"{lr:.3g}"
 
 
 def _meaning(spec: ModelSpec) -> dict[str, Any]:
