@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from data.errors import DataError
 from data.mix import SourceSchedule, hash64, permute
 from data.packing import pack
 from data.shards import TRAIN, open_shard, read_info
@@ -50,7 +51,7 @@ class MixtureLoader:
         max_epochs: most passes over any one source that ``plan`` accepts.
 
     Raises:
-        ValueError: naming the field that does not fit.
+        ValueError: naming the field that does not fit; a ``DataError`` for the weights.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class MixtureLoader:
         """What ``max_steps`` steps read of each source: shares asked and realised (of rows), tokens, epochs.
 
         Raises:
-            ValueError: if a source would be read more than ``max_epochs`` times, or a source with a weight not at all.
+            DataError: if a source would be read more than ``max_epochs`` times, or a source with a weight not at all.
         """
         counts = self._schedule.counts(max_steps * self.global_batch_size)
         total = max(1, int(counts.sum()))
@@ -115,18 +116,20 @@ class MixtureLoader:
         faults = []
         for name, figures in plan.items():
             if figures["epochs"] > self.max_epochs:
-                faults.append(
-                    f"source {name}: {max_steps} steps read it {figures['epochs']:.2f} times, more than max_epochs "
-                    f"{self.max_epochs:g}; lower weights.{name} or max_steps, add data, or set max_epochs="
-                    f"{math.ceil(figures['epochs'] * 10) / 10:g}"
+                enough = math.ceil(figures["epochs"] * 10) / 10
+                message = (
+                    f"must cover the {figures['epochs']:.2f} times that {max_steps} steps read source {name}; got "
+                    f"{self.max_epochs:g}; lower mixture.{name} or max_steps, add data, or set max_epochs={enough:g}"
                 )
+                faults.append(("max_epochs", message))
             if self.weighted and max_steps and not figures["tokens"]:
-                faults.append(
-                    f"source {name}: its weight {figures['share_asked']:.2g} gives no row in {max_steps} steps; "
-                    f"raise weights.{name} or max_steps, or set weights.{name}=0"
+                message = (
+                    f"must give a row in {max_steps} steps or be 0; got the share {figures['share_asked']:.2g}, which "
+                    f"gives none; raise it or max_steps, or set mixture.{name}=0"
                 )
+                faults.append((f"mixture.{name}", message))
         if faults:
-            raise ValueError("; ".join(faults))
+            raise DataError(faults)
 
     def _windows(self, rows: np.ndarray) -> np.ndarray:
         """(R, T) int64 ids of global row numbers (R,)."""
@@ -160,20 +163,24 @@ class MixtureLoader:
 def _shares(tokens: dict[str, int], weights: dict[str, float] | None) -> dict[str, float]:
     """Share of each source that is read, summing to one."""
     weights = {name: float(count) for name, count in tokens.items()} if weights is None else weights
-    faults = []
+    faults: list[tuple[str, str]] = []
     for name, weight in weights.items():
         if name not in tokens:
             near = difflib.get_close_matches(name, tokens, n=1, cutoff=0) or ["-"]
-            faults.append(f"weights.{name} must name a source of {sorted(tokens)}; did you mean {near[0]}?")
+            faults.append((f"mixture.{name}", f"must name a source of {sorted(tokens)}; did you mean {near[0]}?"))
         elif not (math.isfinite(weight) and weight >= 0):
-            faults.append(f"weights.{name} must be 0 or a positive number; got {weight}; set its share")
+            faults.append((f"mixture.{name}", f"must be 0 or a positive number; got {weight}; set its share"))
         elif weight and not tokens[name]:
-            faults.append(f"weights.{name} must be 0, since the source holds no training token; got {weight}; set 0")
-    faults += [f"weights must name every source; {name} is missing; set weights.{name}, 0 leaves it out"
-               for name in tokens if name not in weights]  # fmt: skip
+            message = f"must be 0, since the source holds no training token; got {weight}; set 0"
+            faults.append((f"mixture.{name}", message))
+    faults += [
+        (f"mixture.{name}", "must give every source its weight; got none; set it, 0 leaves it out")
+        for name in tokens
+        if name not in weights
+    ]
     if not faults and not any(weights.values()):
-        faults.append("weights must leave at least one source with training tokens; none is left; raise one weight")
+        faults.append(("mixture", "must leave at least one source with training tokens; got none; raise one weight"))
     if faults:
-        raise ValueError("; ".join(faults))
+        raise DataError(faults)
     total = sum(weights.values())
     return {name: weights[name] / total for name in tokens if weights[name]}

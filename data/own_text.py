@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,8 @@ TEXT_FIELDS = ("text", "content", "document", "body")
 SAMPLE_BYTES = 20_000
 # A text file larger than this is taken for a collection of documents between blank lines, not for one document.
 COLLECTION_BYTES = 200_000
+# A source must keep some documents on both sides of the held-out split; a stray file is no source of its own.
+MIN_FILES = 3
 
 
 def sources_from_directory(directory: Path) -> list[dict[str, Any]]:
@@ -24,19 +28,39 @@ def sources_from_directory(directory: Path) -> list[dict[str, Any]]:
 
     ``.txt``, ``.md`` and ``.rst`` are prose (a large file is split at blank lines), ``.jsonl``, ``.ndjson`` and
     ``.parquet`` hold a document a row in the field ``text``, ``content``, ``document`` or ``body``; program files are
-    code. The language is told from each file's beginning. Hidden files and others are left out. Raises ``SourceError``
-    when nothing is left.
+    code. The language is told from each file's beginning; a few texts in another language join the largest group.
+    Hidden files and files that are not UTF-8 are left out, the latter with a line that names them. Raises
+    ``SourceError`` when nothing is left.
     """
     directory = Path(directory).resolve()
     if not directory.is_dir():
         raise SourceError("data", "path", f"--data must be a folder; got {directory}")
     groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for path in _visible_files(directory):
-        groups[_describe(path)].append(path.relative_to(directory).as_posix())
+        try:
+            groups[_describe(path)].append(path.relative_to(directory).as_posix())
+        except UnicodeDecodeError as error:
+            print(f"--data: {path} is left out: not UTF-8 (byte {error.object[error.start]:#x})", file=sys.stderr)
     if not groups:
         endings = " ".join(sorted(TEXT_ENDINGS | ROW_ENDINGS | CODE_ENDINGS))
         raise SourceError("data", "path", f"--data {directory} holds no text; files that are read: {endings}")
-    return [_source(directory, group, files) for group, files in sorted(groups.items())]
+    return [_source(directory, group, files) for group, files in sorted(_joined(groups).items())]
+
+
+def _joined(groups: dict[tuple[str, str, str], list[str]]) -> dict[tuple[str, str, str], list[str]]:
+    """Groups of one-document files that are too small to be a source join the largest; a lone small one is split."""
+    texts = {group: files for group, files in groups.items() if group[0] == "text"}
+    if not texts:
+        return groups
+    main = max(texts, key=lambda group: len(texts[group]))
+    joined = {group: files for group, files in groups.items() if group not in texts}
+    for group, files in texts.items():
+        target = group if len(files) >= MIN_FILES else main
+        joined.setdefault(target, []).extend(files)
+    if len(joined[main]) < MIN_FILES:
+        files = joined.pop(main)
+        joined.setdefault(("collection", main[1], ""), []).extend(files)
+    return {group: sorted(files) for group, files in joined.items()}
 
 
 def _visible_files(directory: Path) -> Iterator[Path]:
@@ -65,7 +89,9 @@ def _describe(path: Path) -> tuple[str, str, str]:
         field = next((name for name in TEXT_FIELDS if rows and name in rows[0]), "text")
         return kind, detect_language(" ".join(str(row.get(field, "")) for row in rows)), field
     with path.open("rb") as content:
-        return kind, detect_language(content.read(SAMPLE_BYTES).decode("utf-8", errors="ignore")), ""
+        sample = content.read(SAMPLE_BYTES)
+    # The sample may end within a character: that is not the file's fault.
+    return kind, detect_language(codecs.getincrementaldecoder("utf-8")().decode(sample)), ""
 
 
 def _first_rows(path: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.corpus import read_documents, sources
+from data.errors import DataError
 from data.mix import hash64
 
 
@@ -24,7 +25,7 @@ def sample_texts(
     less text than its share gives all it has.
 
     Raises:
-        ValueError: if ``language_shares`` does not name exactly the corpus's languages.
+        DataError: if ``language_shares`` does not name exactly the corpus's languages.
     """
     available: dict[str, int] = {}
     for source in sources(corpus):
@@ -49,7 +50,7 @@ def _rates(available: dict[str, int], max_bytes: int, shares: dict[str, float] |
     """Probability with which a document of each language is taken."""
     shares = {language: float(count) for language, count in available.items()} if shares is None else shares
     if set(shares) != set(available):
-        raise ValueError(f"language_shares must name exactly {sorted(available)}; got {sorted(shares)}; name each")
+        raise DataError(f"language_shares must name exactly {sorted(available)}; got {sorted(shares)}; name each")
     total = sum(shares.values()) or 1.0
     return {
         language: min(1.0, max_bytes * shares[language] / total / max(1, count))

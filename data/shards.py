@@ -138,23 +138,6 @@ def read_ids(directory: Path, split: str, name: str) -> list[str]:
     return shard_paths(directory, split, name)[2].read_text(encoding="utf-8").splitlines()
 
 
-def verify(tokens_dir: Path | str) -> None:
-    """Re-hash every stream against ``tokens.json``.
-
-    Raises:
-        ValueError: naming the first file whose bytes changed.
-    """
-    info = read_info(tokens_dir)
-    for source in info.sources:
-        for split in (TRAIN, HELDOUT):
-            path = shard_paths(info.directory, split, source["name"])[0]
-            open_shard(info, split, source["name"])
-            if file_digest(path) != source[split]["sha256"]:
-                raise ValueError(
-                    f"{path} must have sha256 {source[split]['sha256']}; its bytes changed; tokenize again"
-                )
-
-
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:

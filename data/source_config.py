@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 RuleSet = Literal["web", "prose", "messages", "code", "none"]
 FileFormat = Literal["auto", "text", "jsonl", "json", "parquet", "gettext"]
 NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
+
+
+def _stays_inside(pattern: str) -> str:
+    if pattern.startswith("/") or ".." in pattern.split("/"):
+        raise ValueError(f"must stay inside the source's folder; got {pattern!r}; write it without leading / and ..")
+    return pattern
 
 
 class Section(BaseModel):
@@ -42,7 +48,7 @@ class SourceBase(Section):
 class FileReading(SourceBase):
     """Reading from files: which, and how each becomes documents."""
 
-    include: list[str] = Field(min_length=1)
+    include: list[Annotated[str, AfterValidator(_stays_inside)]] = Field(min_length=1)
     """Glob patterns relative to the source's root; ``**`` crosses folders."""
     exclude: list[str] = []
     """Glob patterns of files to leave out."""

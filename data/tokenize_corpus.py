@@ -19,6 +19,7 @@ import numpy as np
 from data import corpus as corpora
 from data.chat import render
 from data.chat_turns import as_chat
+from data.errors import DataError
 from data.mix import hash64
 from data.shards import (
     HELDOUT,
@@ -87,7 +88,7 @@ def tokenize_corpus(
     The same corpus, tokenizer, seed and share give the same bytes, restarted or not.
 
     Raises:
-        ValueError: if a document is in both splits, a split of the corpus has no text, or a special occurs too rarely.
+        DataError: if a document is in both splits, a split of the corpus has no text, or a special occurs too rarely.
     """
     job = _Job(tokenizer_dir, seed=seed, chat_share=chat_share, progress_seconds=progress_seconds)
     listed = corpora.sources(corpus)
@@ -139,7 +140,7 @@ def _encode_source(job: _Job, corpus: Path, work: Path, name: str, split: str) -
         for batch in _batches(corpora.read_documents(corpus, split, name)):
             for document, ids in zip(batch, job.encode(batch, split), strict=True):
                 if len(ids) == 1:
-                    raise ValueError(
+                    raise DataError(
                         f"document {document['id']} of {split}/{name} must hold text; it is empty; clean it"
                     )
                 writer.append(document["id"], ids, int(job.lengths[ids].sum()))
@@ -197,7 +198,7 @@ def _check_overlap(output: Path, names: list[str]) -> None:
     for name in names:
         for document in read_ids(output, TRAIN, name):
             if document in owner:
-                raise ValueError(
+                raise DataError(
                     f"document {document} must be in one split; it is in train/{name} and heldout/{owner[document]}; "
                     "run clean again"
                 )
@@ -222,7 +223,7 @@ def _audit(facts: dict[str, Any], counts: np.ndarray, min_special_count: int) ->
     documents = sum(source[TRAIN]["documents"] for source in facts["sources"])
     for split in (TRAIN, HELDOUT):
         if not any(source[split]["documents"] for source in facts["sources"]):
-            raise ValueError(f"corpus must hold {split} documents; got none; check what clean dropped")
+            raise DataError(f"corpus must hold {split} documents; got none; check what clean dropped")
     assert counts[facts["eos_id"]] == documents, "every document ends with EOS, and EOS stands nowhere else"
     rare = {
         name: count
@@ -230,7 +231,7 @@ def _audit(facts: dict[str, Any], counts: np.ndarray, min_special_count: int) ->
         if name != PAD and count < min_special_count
     }
     if rare:
-        raise ValueError(
+        raise DataError(
             f"every special but {PAD} must occur at least min_special_count {min_special_count} times in training; "
             f"got {rare}; raise chat_share, add documents, or lower min_special_count"
         )

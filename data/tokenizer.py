@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data.errors import DataError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -66,7 +68,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a text, never a special one; ``decode`` of them gives the text back exactly.
 
     Raises:
-        ValueError: if the text is not valid Unicode (a lone surrogate).
+        DataError: if the text is not valid Unicode (a lone surrogate).
     """
     return encode_texts(tokenizer, [text])[0]
 
@@ -97,7 +99,7 @@ def _encode_batch(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         backend.no_padding()
         return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
     except (TypeError, UnicodeEncodeError):
-        raise ValueError(_not_unicode(texts)) from None
+        raise DataError(_not_unicode(texts)) from None
     finally:
         backend.encode_special_tokens = before
 
@@ -125,7 +127,7 @@ def token_byte_strings(tokenizer: PreTrainedTokenizerBase) -> tuple[bytes, ...]:
     """Bytes of each id, in id order; empty for specials, the unknown token and unused ids.
 
     Raises:
-        ValueError: if the tokenizer is neither byte-level nor SentencePiece-like with byte fallback.
+        DataError: if the tokenizer is neither byte-level nor SentencePiece-like with byte fallback.
     """
     kind = _decoder_kind(tokenizer)
     to_bytes = _byte_level_bytes if kind == "ByteLevel" else _piece_bytes
@@ -149,15 +151,15 @@ def check_specials(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Ids of the four specials, after checking that each is one special id of its own, and EOS and pad are set.
 
     Raises:
-        ValueError: naming the special that is missing.
+        DataError: naming the special that is missing.
     """
     vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
     ids = {name: vocabulary.get(name) for name in SPECIAL_TOKENS}
     for name, token in ids.items():
         if token is None or token not in added or not added[token].special:
-            raise ValueError(f"tokenizer must hold {name} as a special token; got id {token}; run tokenizer again")
+            raise DataError(f"tokenizer must hold {name} as a special token; got id {token}; run tokenizer again")
     if (tokenizer.eos_token, tokenizer.pad_token) != (END_OF_TEXT, PAD):
-        raise ValueError(
+        raise DataError(
             f"tokenizer must use {END_OF_TEXT} as EOS and {PAD} as padding; "
             f"got {tokenizer.eos_token!r} and {tokenizer.pad_token!r}; run tokenizer again"
         )
@@ -176,6 +178,8 @@ def save(backend: Any, directory: Path, chat_template: str) -> None:
         clean_up_tokenization_spaces=False,
         chat_template=chat_template,
     )
+    # Batched generation continues every row at its right end; packed training pads nothing.
+    tokenizer.padding_side = "left"
     tokenizer.save_pretrained(str(directory), save_jinja_files=False)
 
 
@@ -183,25 +187,25 @@ def audit(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str] = PROBES) -> 
     """Prove on ``texts`` that nothing is lost, nothing becomes special, and byte counts are exact (TRAPS M1).
 
     Raises:
-        ValueError: naming the text that failed and how.
+        DataError: naming the text that failed and how.
     """
     specials, table = set(check_specials(tokenizer).values()), token_byte_strings(tokenizer)
     for text in texts:
         ids = encode_text(tokenizer, text)
         found = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if specials & set(ids):
-            raise ValueError(f"tokenizer must encode {text!r} as text; it gave a special token; import another")
+            raise DataError(f"tokenizer must encode {text!r} as text; it gave a special token; import another")
         if found != text:
-            raise ValueError(f"tokenizer must give {text!r} back; got {found!r}; import one without normalisation")
+            raise DataError(f"tokenizer must give {text!r} back; got {found!r}; import one without normalisation")
         if sum(len(table[token]) for token in ids) != len(text.encode()):
-            raise ValueError(f"tokenizer's ids must stand for the bytes of {text!r}; counts differ; import another")
+            raise DataError(f"tokenizer's ids must stand for the bytes of {text!r}; counts differ; import another")
 
 
 def finish(directory: Path, tokenizer: PreTrainedTokenizerBase, kind: str, fertility: dict[str, Any]) -> dict[str, Any]:
     """Write ``token_bytes.npy`` and ``info.json`` beside a saved tokenizer; returns the information."""
     lengths = np.array([len(token) for token in token_byte_strings(tokenizer)])
     if lengths.max() > np.iinfo(np.uint16).max:
-        raise ValueError(f"tokens must stand for at most 65535 bytes; got {lengths.max()}; import another tokenizer")
+        raise DataError(f"tokens must stand for at most 65535 bytes; got {lengths.max()}; import another tokenizer")
     np.save(directory / TOKEN_BYTES_FILE, lengths.astype("<u2"))
     info = {
         "kind": kind,
@@ -229,7 +233,7 @@ def _decoder_kind(tokenizer: Any) -> str:
     for kind in ("ByteLevel", "ByteFallback"):
         if f'"{kind}"' in decoder:
             return kind
-    raise ValueError(f"tokenizer must be byte-level or fall back to bytes; its decoder is {decoder}; import another")
+    raise DataError(f"tokenizer must be byte-level or fall back to bytes; its decoder is {decoder}; import another")
 
 
 @functools.lru_cache(maxsize=4)

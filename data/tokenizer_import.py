@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from data.chat import CHAT_TEMPLATE
+from data.errors import DataError
 from data.tokenizer import SPECIAL_TOKENS, save
 
 
@@ -21,7 +22,7 @@ def import_tokenizer(source: str, revision: str | None, output: Path) -> None:
         output: where to save.
 
     Raises:
-        ValueError: if there is no such tokenizer, or it is not one of the ``tokenizers`` library.
+        DataError: if there is no such tokenizer, or it is not one of the ``tokenizers`` library.
     """
     from transformers import AutoTokenizer
 
@@ -30,10 +31,10 @@ def import_tokenizer(source: str, revision: str | None, output: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(source, **pinned)
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"source must be a tokenizer that AutoTokenizer loads; got {source!r}: {first}") from error
+        raise DataError(f"source must be a tokenizer that AutoTokenizer loads; got {source!r}: {first}") from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ValueError(f"source must be a fast tokenizer with a tokenizer.json; got {type(tokenizer).__name__}")
+        raise DataError(f"source must be a fast tokenizer with a tokenizer.json; got {type(tokenizer).__name__}")
     facts = json.loads(backend.to_str())
     if (facts.get("normalizer") or {}).get("type") == "NFC":
         facts["normalizer"] = None

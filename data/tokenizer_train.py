@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.chat import CHAT_TEMPLATE
+from data.errors import DataError
 from data.tokenizer import END_OF_TEXT, IM_END, IM_START, PAD, SPACE_SYMBOL, SPECIAL_TOKENS, save
 
 SPLIT_PATTERN = (
@@ -53,7 +54,7 @@ def train_sentencepiece(
     and the runs of spaces, then 256 bytes. One thread and a fixed order, so the same texts give the same file.
 
     Raises:
-        ValueError: if the text cannot fill the vocabulary.
+        DataError: if the text cannot fill the vocabulary.
     """
     import sentencepiece
 
@@ -84,7 +85,7 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(
+        raise DataError(
             f"vocab_size must fit the sampled text; got {vocab_size}; sentencepiece says: {error}; "
             "change vocab_size or raise max_sample_bytes"
         ) from None

@@ -4,7 +4,8 @@ Shapes: B batch, T time, n documents of a packed row, Q tokens a chunk, C chunks
 
 Worked row, two documents and then two tokens of padding::
 
-    doc_ids    0 0 0 1 1 - -      any number that changes where a document starts
+    seq_idx    7 7 7 4 4 - -      any number that changes where a document starts
+    doc_ids    0 0 0 1 1 1 1      counts those changes, so no number comes back; padding joins the document before
     positions  0 1 2 0 1 - -      restarts with each document
     valid      1 1 1 1 1 0 0
 """
@@ -38,8 +39,8 @@ class ChunkMasks:
 class Layout:
     """Positions, documents and padding of one forward pass; masks are built once and shared by the layers.
 
-    ``positions`` (B or 1, T): place of a token in its document. ``doc_ids`` (B, T), or none where every row is one
-    document. ``valid`` (B, T), false at padding, or none where nothing is padded.
+    ``positions`` (B or 1, T): place of a token in its document. ``doc_ids`` (B, T), never falling along a row, or none
+    where every row is one document. ``valid`` (B, T), false at padding, or none where nothing is padded.
     """
 
     positions: Tensor
@@ -114,7 +115,8 @@ def resolve_layout(
     ``attention_mask`` (B, past + T), 0 at padding; ``position_ids`` (B or 1, T); ``seq_idx`` (B or 1, T);
     ``cu_seq_lens`` (n + 1,), document edges of a single row; ``past``, columns that a cache has seen, none without a
     cache; ``past_tokens`` (B,), those of them that were no padding. Documents come from ``seq_idx``, else
-    ``cu_seq_lens``, else from where ``position_ids`` do not count on.
+    ``cu_seq_lens``, else from where ``position_ids`` do not count on from the token before.
+    Padding neither joins two documents nor parts one.
 
     Raises:
         ValueError: for a mask or ids of another shape, for packed documents beside a cache, and for padding to the
@@ -127,7 +129,7 @@ def resolve_layout(
     if position_ids is not None:
         positions = position_ids.expand(batch, time)
     elif doc_ids is not None:
-        positions = _restarting_positions(doc_ids)
+        positions = _restarting_positions(doc_ids, valid)
     else:
         positions = _counted_positions(time, device, valid, past_tokens)
     return Layout(positions, doc_ids, valid)
@@ -169,20 +171,38 @@ def _documents(
     cu_seq_lens: Tensor | None,
     valid: Tensor | None,
 ) -> Tensor | None:
+    """Running number of each token's document (B, T); none where no row holds two. Padding joins the document before.
+
+    Numbers count changes from token to token: an id that comes back later names a new document.
+    """
     if seq_idx is not None:
-        doc_ids = _shaped("seq_idx", seq_idx, batch, time).long()
+        ids = _shaped("seq_idx", seq_idx, batch, time)
     elif cu_seq_lens is not None:
-        doc_ids = _documents_of_edges(cu_seq_lens, batch, time)
+        ids = _documents_of_edges(cu_seq_lens, batch, time)
     elif position_ids is not None:
-        steps = _shaped("position_ids", position_ids, batch, time).diff(dim=1)
-        doc_ids = functional.pad((steps != 1).cumsum(1), (1, 0))
+        ids = _shaped("position_ids", position_ids, batch, time)
     else:
         return None
-    changes = doc_ids[:, 1:] != doc_ids[:, :-1]
+    previous, distance = _previous_tokens(ids, valid)
+    starts = ids != previous
+    if seq_idx is None and cu_seq_lens is None:
+        # Positions may have counted the padding between two tokens, or not.
+        starts = (ids != previous + 1) & (ids != previous + distance)
+    starts = starts & (distance <= torch.arange(time, device=ids.device))
     if valid is not None:
-        # Position ids stand still at padding; that is no document.
-        changes = changes & valid[:, 1:] & valid[:, :-1]
-    return doc_ids if bool(changes.any()) else None
+        starts = starts & valid
+    return starts.cumsum(1) if bool(starts.any()) else None
+
+
+def _previous_tokens(ids: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Id of the last token before each column, padding left out, and how many columns back it is (B or 1, T).
+
+    Where there is none, the distance reaches beyond the row, and the id means nothing.
+    """
+    index = torch.arange(ids.shape[1], device=ids.device)[None]
+    tokens = index if valid is None else torch.where(valid, index, -1).cummax(1).values
+    before = functional.pad(tokens[:, :-1], (1, 0), value=-1)
+    return ids.gather(1, before.clamp(min=0).expand_as(ids)), index - before
 
 
 def _shaped(name: str, ids: Tensor, batch: int, time: int) -> Tensor:
@@ -203,10 +223,10 @@ def _documents_of_edges(cu_seq_lens: Tensor, batch: int, time: int) -> Tensor:
     return torch.searchsorted(cu_seq_lens[1:].long(), index, right=True)[None]
 
 
-def _restarting_positions(doc_ids: Tensor) -> Tensor:
-    index = torch.arange(doc_ids.shape[1], device=doc_ids.device).expand_as(doc_ids)
-    starts = functional.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True)
-    return index - torch.where(starts, index, 0).cummax(1).values
+def _restarting_positions(doc_ids: Tensor, valid: Tensor | None) -> Tensor:
+    count = (torch.ones_like(doc_ids) if valid is None else valid.long()).cumsum(1) - 1
+    starts = functional.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=False)
+    return (count - torch.where(starts, count, 0).cummax(1).values).clamp(min=0)
 
 
 def _counted_positions(time: int, device: torch.device, valid: Tensor | None, past_tokens: Tensor | None) -> Tensor:

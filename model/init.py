@@ -83,10 +83,17 @@ def fp32_islands(model: nn.Module) -> set[str]:
 
 
 def no_decay(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay must leave ``parameter`` alone: vectors (norms, biases) and every fp32 island."""
+    """Whether weight decay must leave ``parameter`` alone: vectors (norms, biases) and every fp32 island.
+
+    ``name`` is the parameter's full name in its model; an island is known by it, whatever its shape.
+    """
+    # The mixers import this file.
+    from model.mixers import MIXERS
+
+    islands = {own for mixer in MIXERS.values() for own in mixer.initialisers}
     # ZeRO-3 flattens what it partitions and keeps the true shape beside it.
     shape = getattr(parameter, "ds_shape", parameter.shape)
-    return len(shape) < 2
+    return len(shape) < 2 or name.rsplit(".", 1)[-1] in islands
 
 
 def _fill(parameter: Tensor, make: Callable[[Tensor], Tensor]) -> None:

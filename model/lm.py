@@ -181,26 +181,6 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         )
         return result.to_tuple() if return_dict is False else result
 
-    def check_tokenizer(self, vocab_size: int, *, eos_token_id: int | None, pad_token_id: int | None) -> None:
-        """Refuse a tokenizer that this model cannot embed (TRAPS K10); ``vocab_size`` counts every id it can give.
-
-        Raises:
-            ValueError: naming every id that does not fit.
-        """
-        faults = []
-        rows = self.config.vocab_size
-        if vocab_size > rows:
-            faults.append(f"vocab_size must be at least the tokenizer's {vocab_size}; got {rows}; set {vocab_size}")
-        limit = min(vocab_size, rows)
-        for name, token in (("eos_token_id", eos_token_id), ("pad_token_id", pad_token_id)):
-            own = getattr(self.config, name)
-            if token is None or not 0 <= token < limit:
-                faults.append(f"{name} must be an id below {limit}; got {token}; set it in the tokenizer")
-            elif own not in (None, token):
-                faults.append(f"{name} must be the tokenizer's {token}; got {own}; set {token}")
-        if faults:
-            raise ValueError("\n".join(faults))
-
     def _loss(
         self,
         hidden: Tensor,

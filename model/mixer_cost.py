@@ -63,10 +63,11 @@ class Mamba2Cost:
         ``2 taps`` a channel of the convolution. Whole Q x Q blocks are computed, so the masked half counts.
         """
         _, heads, channels = self.sizes(mixer, d_model)
-        scores = 2 * mixer.chunk_size * mixer.d_state * mixer.n_groups
-        values = 2 * mixer.chunk_size * mixer.head_dim * heads
+        chunk = block_size(mixer.chunk_size, seq_len)
+        scores = 2 * chunk * mixer.d_state * mixer.n_groups
+        values = 2 * chunk * mixer.head_dim * heads
         states = 4 * mixer.d_state * mixer.head_dim * heads
-        scan = (scores + values + states) * padded_share(seq_len, mixer.chunk_size)
+        scan = (scores + values + states) * padded_share(seq_len, chunk)
         return scan + 2.0 * mixer.d_conv * channels
 
     def state_bytes(self, mixer: Mamba2Spec, d_model: int, dtype_bytes: int) -> int:
@@ -83,7 +84,7 @@ class Mamba2Cost:
         the gated norm's six; per head the decay and weights of each pair of a chunk, B and C; two states a chunk.
         """
         d_inner, heads, channels = self.sizes(mixer, d_model)
-        states, chunk = 2 * heads * mixer.d_state, mixer.chunk_size
+        states, chunk = 2 * heads * mixer.d_state, block_size(mixer.chunk_size, seq_len)
         cast = input_elements(d_model, 1, dtype_bytes) + 2 * d_inner + heads + 3 * channels
         pairs = 2 * heads * chunk + mixer.n_groups * chunk
         wide = channels + 9 * d_inner + 4 * heads + states + states * mixer.head_dim / chunk
@@ -109,7 +110,7 @@ class GLACost:
         chunk's state and reading the last ``4 K P``, and scores ``2 K`` a key. Halving the chunk down to blocks of s
         tokens leaves ``s + (Q - s) / 2`` keys of its Q to a query: the causal half, and whole blocks at the diagonal.
         """
-        chunk = gla_chunk(mixer.chunk_size, seq_len)
+        chunk = block_size(mixer.chunk_size, seq_len)
         block = min(GLA_BLOCK, chunk)
         scores = 2 * mixer.head_k_dim * (block + (chunk - block) / 2)
         values = 2 * chunk * mixer.head_v_dim
@@ -129,7 +130,7 @@ class GLACost:
         their products with decays, a set a level of halving and a pair at the diagonal; scores; two states a chunk.
         """
         key, value = mixer.n_heads * mixer.head_k_dim, mixer.n_heads * mixer.head_v_dim
-        chunk = gla_chunk(mixer.chunk_size, seq_len)
+        chunk = block_size(mixer.chunk_size, seq_len)
         block = min(GLA_BLOCK, chunk)
         levels = (chunk // block).bit_length() - 1
         cast = input_elements(d_model, 5, dtype_bytes) + 3 * value + (mixer.gate_rank or 0)
@@ -200,8 +201,8 @@ def padded_share(seq_len: int, chunk_size: int) -> float:
     return -(-seq_len // chunk_size) * chunk_size / seq_len
 
 
-def gla_chunk(chunk_size: int, seq_len: int) -> int:
-    """Tokens a chunk of GLA: the largest power of two up to ``chunk_size``, or the one that holds a short sequence."""
+def block_size(chunk_size: int, seq_len: int) -> int:
+    """Tokens a chunk, as computed: the largest power of two up to ``chunk_size``, or the one that holds a short row."""
     whole = 1 << (seq_len - 1).bit_length()
     return min(1 << (chunk_size.bit_length() - 1), whole)
 

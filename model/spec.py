@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_LAYERS = 512
+OPERATIONAL: dict[str, Any] = {"operational": True}
+"""Marks a field that says how to compute and never what: it is no part of a stage's key."""
 
 
 class Section(BaseModel):
@@ -36,9 +38,9 @@ class Mamba2Spec(Section):
     """Taps of the causal depthwise convolution."""
     n_groups: int = Field(1, ge=1)
     """Groups that share B and C; also the groups of the gated norm."""
-    chunk_size: int = Field(128, ge=1, le=1024)
-    """Tokens a chunk of the chunked scan: speed and memory, never the result."""
-    backend: Literal["auto", "torch"] = "auto"
+    chunk_size: int = Field(128, ge=1, le=1024, json_schema_extra=OPERATIONAL)
+    """Tokens a chunk of the chunked scan, a power of two or the one below: speed and memory, never the result."""
+    backend: Literal["auto", "torch"] = Field("auto", json_schema_extra=OPERATIONAL)
     """Kernel family; ``torch`` is the only one so far, and what ``auto`` means."""
 
 
@@ -57,9 +59,9 @@ class GLASpec(Section):
     """Rank of the decay gate's projection; none means full rank."""
     gate_normalizer: float = Field(16.0, gt=0)
     """tau: log decay = logsigmoid(gate) / tau (equation 4 of the paper, section 4.4)."""
-    chunk_size: int = Field(64, ge=1, le=1024)
-    """Tokens a chunk of the chunked form."""
-    backend: Literal["auto", "torch"] = "auto"
+    chunk_size: int = Field(64, ge=1, le=1024, json_schema_extra=OPERATIONAL)
+    """Tokens a chunk of the chunked form, a power of two or the one below: speed and memory, never the result."""
+    backend: Literal["auto", "torch"] = Field("auto", json_schema_extra=OPERATIONAL)
     """Kernel family; ``torch`` is the only one so far, and what ``auto`` means."""
 
 
@@ -84,7 +86,7 @@ class AttentionSpec(Section):
     """Sliding window: a query sees itself and the window - 1 tokens before it; none means all."""
     global_tokens: int = Field(0, ge=0)
     """The first tokens of each document, which every later query sees beside its window."""
-    backend: Literal["auto", "torch"] = "auto"
+    backend: Literal["auto", "torch"] = Field("auto", json_schema_extra=OPERATIONAL)
     """Kernel family; ``torch`` (SDPA) is the only one so far, and what ``auto`` means."""
 
     @model_validator(mode="after")
@@ -184,6 +186,8 @@ def expand_pattern(pattern: str) -> list[str]:
         ValueError: if the pattern does not parse, is empty, or has more than ``MAX_LAYERS`` layers.
     """
     tokens = re.findall(r"\d+|[A-Za-z_]\w*|[()*]|\S", pattern)
+    if tokens.count("(") > MAX_LAYERS // 4:
+        raise ValueError(f"layers must have at most {MAX_LAYERS // 4} brackets; got {tokens.count('(')}; write fewer")
     words, rest = _sequence(tokens, pattern)
     if rest:
         raise ValueError(f"layers: unexpected {rest[0]!r} in {pattern!r}; write for example '(3*mamba2 1*attention)*6'")

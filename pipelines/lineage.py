@@ -168,11 +168,15 @@ def verify_all(nodes: list[Node]) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.lineage", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all pipelines' artifacts")
+    runs = argparse.ArgumentParser(add_help=False)
+    runs.add_argument("--runs", type=Path, default=argparse.SUPPRESS, help="folder of all pipelines' artifacts (runs)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all pipelines' artifacts (runs)")
     commands = parser.add_subparsers(dest="command", required=True)
-    show = commands.add_parser("show", help="print the ancestry of an artifact", allow_abbrev=False)
+    show = commands.add_parser("show", parents=[runs], help="print the ancestry of an artifact", allow_abbrev=False)
     show.add_argument("artifact", help="a directory, or a name below --runs such as pretrain-1a2b3c4d")
-    check = commands.add_parser("verify", help="hash artifacts against their manifests", allow_abbrev=False)
+    check = commands.add_parser(
+        "verify", parents=[runs], help="hash artifacts against their manifests", allow_abbrev=False
+    )
     check.add_argument("artifact", nargs="?", help="this one and its ancestors; without it all below --runs")
     return parser.parse_args(argv)
 

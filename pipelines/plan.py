@@ -8,9 +8,10 @@ from typing import Any
 
 from pipelines.chain import Chain, Node
 from pipelines.graph import input_name
+from pipelines.preflight import device_notes
 from pipelines.staleness import Standing, standings
 from pipelines.table import figure, size, table
-from stages.runtime.artifact import shown
+from stages.runtime.artifact import has_gpu, shown
 
 
 def plan(chain: Chain, world_size: int) -> dict[str, Any]:
@@ -26,6 +27,7 @@ def plan(chain: Chain, world_size: int) -> dict[str, Any]:
         "devices": world_size,
         "free_bytes": shutil.disk_usage(_existing(chain.runs)).free,
         "stages": [_stage(node, found[node.name], world_size) for node in chain],
+        "notes": device_notes(chain, has_gpu()),
     }
 
 
@@ -49,6 +51,7 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         if stage["figures"]:
             lines += ["", f"{stage['stage']} will take"]
             lines += [f"  {line}" for line in _figures(stage["figures"])]
+    lines += ["", *(f"note: {note}" for note in plan["notes"])] if plan["notes"] else []
     # A finished stage has its bytes on the disk already.
     wanted = sum(stage["figures"].get("disk_bytes", 0) for stage in stages if stage["state"] != "done")
     left = [stage["stage"] for stage in stages if stage["state"] != "done"]

@@ -11,6 +11,7 @@ Exit codes: 0 done or already done, 2 a fault in the recipe or the command, 85 s
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -40,20 +41,28 @@ def main(argv: Sequence[str] | None = None, stages: Registry | None = None) -> i
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # Whoever read our output (head, a pager) has seen enough; what is still buffered must not complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+class CommandError(ValueError):
+    """A command line that means nothing."""
 
 
 class _Parser(argparse.ArgumentParser):
     """Raises instead of printing its usage: a fault is one line here too."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see --help")
+        raise CommandError(f"{message}; see --help")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options; what the deepspeed launcher adds (``--local_rank``) is taken out.
 
     Raises:
-        ValueError: for unknown options and combinations that mean nothing.
+        CommandError: for unknown options and combinations that mean nothing.
     """
     options = _parser().parse_args(without_local_rank(argv))
     _check_combination(options)
@@ -111,13 +120,13 @@ def without_local_rank(argv: Sequence[str]) -> list[str]:
 
 def _check_combination(options: argparse.Namespace) -> None:
     if (options.first or options.last) and not options.all:
-        raise ValueError("--from and --until belong to --all; see --help")
+        raise CommandError("--from and --until belong to --all; see --help")
     if options.num_gpus is not None and not (options.all or options.plan):
-        raise ValueError("--num_gpus belongs to --all and --plan; with --stage give it to deepspeed, before run.py")
+        raise CommandError("--num_gpus belongs to --all and --plan; with --stage give it to deepspeed, before run.py")
     if options.num_gpus is not None and options.num_gpus < 1:
-        raise ValueError(f"--num_gpus must be at least 1; got {options.num_gpus}")
+        raise CommandError(f"--num_gpus must be at least 1; got {options.num_gpus}")
     if options.json and not (options.plan or options.status):
-        raise ValueError("--json belongs to --plan and --status; see --help")
+        raise CommandError("--json belongs to --plan and --status; see --help")
 
 
 def _act(options: argparse.Namespace, stages: Registry) -> int:
@@ -129,18 +138,34 @@ def _act(options: argparse.Namespace, stages: Registry) -> int:
         lines = sync(options.runs.absolute())
         print("\n".join(lines))
         return 1 if any(": FAILED, " in line for line in lines) else 0
-    if world_size() > 1 and not options.stage:
-        raise ValueError("only --stage runs under a launcher; start --all, --plan and --status with python")
+    try:
+        ranks = world_size()
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    if ranks > 1 and "MASTER_ADDR" not in os.environ:
+        raise CommandError(f"WORLD_SIZE is {ranks} but MASTER_ADDR is not set; start through the launcher")
+    if ranks > 1 and not options.stage:
+        raise CommandError("only --stage runs under a launcher; start --all, --plan and --status with python")
     chain = _chain(options, stages)
     if options.plan:
         return _show_plan(chain, options)
     if options.status:
         return _show_status(chain, options)
+    _require_writable(options.runs)
     if options.all:
         return _run_all(chain, options)
     from pipelines.single import run_stage
 
     return run_stage(chain, options.stage, _surroundings(chain), lambda node: command_line(node, options))
+
+
+def _require_writable(runs: Path) -> None:
+    there = runs.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        fault = "is no folder" if not there.is_dir() else "cannot be written"
+        raise CommandError(f"--runs must be a folder that can be written; got {runs}: {there} {fault}; name another")
 
 
 def _registry(stages: Registry | None) -> Registry:
@@ -171,7 +196,9 @@ def _chain(options: argparse.Namespace, stages: Registry) -> Chain:
 
 def _show_plan(chain: Chain, options: argparse.Namespace) -> int:
     from pipelines.plan import plan, plan_lines
+    from pipelines.preflight import refuse_early
 
+    refuse_early(chain, chain, options.num_gpus, None)
     found = plan(chain, options.num_gpus or 1)
     _print(found, plan_lines(found), options.json)
     return 0
@@ -193,8 +220,11 @@ def _print(data: object, lines: list[str], as_json: bool) -> None:
 
 def _run_all(chain: Chain, options: argparse.Namespace) -> int:
     from pipelines.launch import run_all
+    from pipelines.preflight import refuse_early
+    from stages.runtime.artifact import has_gpu
 
     chosen = chain.selection(options.first, options.last)
+    refuse_early(chain, chosen, options.num_gpus, has_gpu())
     return run_all(chain, chosen, lambda node: stage_argv(node, options), lambda node: command_line(node, options))
 
 
@@ -230,21 +260,21 @@ def _recipe_options(options: argparse.Namespace) -> list[str]:
 
 
 def _refuse(error: ValueError) -> int:
-    """One line a fault, on rank 0 alone."""
+    """One line a fault, on rank 0 alone; a ``ValueError`` of any other kind is no fault of the user's, and goes on."""
     from stages.base import EXIT_CONFIG, ConfigError
     from stages.runtime.artifact import ArtifactError
+    from stages.runtime.scrub import environment_secrets, scrub_text
 
     lines = [str(fault) for fault in error.faults] if isinstance(error, ConfigError) else [str(error)]
-    if isinstance(error, ConfigError | ArtifactError) or type(error) is ValueError:
+    if isinstance(error, ConfigError | ArtifactError | CommandError):
         if _speaks():
-            print("\n".join(" ".join(line.split()) for line in lines), file=sys.stderr)
+            secrets = environment_secrets()
+            print("\n".join(scrub_text(" ".join(line.split()), secrets) for line in lines), file=sys.stderr)
         return EXIT_CONFIG
     raise error
 
 
 def _speaks() -> bool:
-    import os
-
     return os.environ.get("RANK", "0") == "0"
 
 

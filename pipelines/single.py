@@ -6,10 +6,11 @@ from collections.abc import Callable, Collection
 
 from pipelines.chain import Chain, Node
 from pipelines.gate import Gate
+from pipelines.preflight import refuse_early
 from pipelines.staleness import standing
 from stages.base import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError, Fault
 from stages.runtime import distributed
-from stages.runtime.artifact import shown
+from stages.runtime.artifact import has_gpu, shown
 from stages.runtime.lifecycle import Surroundings, execute, follow
 
 CommandFor = Callable[[Node], str]
@@ -23,11 +24,15 @@ def run_stage(chain: Chain, name: str, around: Surroundings, command_for: Comman
     Raises:
         ConfigError: when a training ancestor is missing or stale; it is never trained on the side.
     """
-    node = chain.nodes[name]
-    distributed.settle_threads()
+    with distributed.note_launcher():
+        distributed.settle_threads()
+        return _run_noted(chain, chain.nodes[name], around, command_for)
+
+
+def _run_noted(chain: Chain, node: Node, around: Surroundings, command_for: CommandFor) -> int:
     if distributed.world_size() == 1:
         code = _prepare(chain, node, around, command_for)
-        return execute(node.stage(), node.job, around) if code is None else code
+        return execute(node.stage(), node.job, around, distributed.stop_if_asked) if code is None else code
     gate = Gate(node.job.directory)
     if distributed.rank() == 0:
         return _run_with_others(chain, node, around, command_for, gate)
@@ -66,12 +71,17 @@ def needed(chain: Chain, node: Node, command_for: CommandFor, also: Collection[s
 
 
 def _prepare(chain: Chain, node: Node, around: Surroundings, command_for: CommandFor) -> int | None:
-    """Make the data stages that ``node`` needs; None when the way is free, else the exit code."""
+    """Make the data stages that ``node`` needs; None when the way is free, else the exit code.
+
+    A request to stop that comes between two stages is honoured by the next one, just before it would run: its state is
+    then written as for any other request.
+    """
     if standing(node).done:
         print(f"{node.name}: already done, {shown(node.job.directory)}")
         return EXIT_DONE
+    refuse_early(chain, [*needed(chain, node, command_for), node], distributed.world_size(), has_gpu())
     for ancestor in needed(chain, node, command_for):
-        code = execute(ancestor.stage(), ancestor.job, around)
+        code = execute(ancestor.stage(), ancestor.job, around, distributed.stop_if_asked)
         if code != EXIT_DONE:
             return code
     return None
@@ -84,11 +94,16 @@ def _run_with_others(chain: Chain, node: Node, around: Surroundings, command_for
     try:
         code = _prepare(chain, node, around, command_for)
         if code is None:
-            ready = gate.open if node.stage.launched else lambda: None
-            code = execute(node.stage(), node.job, around, ready)
+            code = execute(node.stage(), node.job, around, lambda: _let_in(node, gate))
     except ConfigError:
         code = EXIT_CONFIG
         raise
     finally:
         gate.finish(EXIT_FAILED if code is None else code)
     return code
+
+
+def _let_in(node: Node, gate: Gate) -> None:
+    distributed.stop_if_asked()
+    if node.stage.launched:
+        gate.open()

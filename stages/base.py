@@ -154,8 +154,27 @@ class Stage(ABC):
     def check_parents(cls, config: Any, model: ModelSpec | None, parents: Mapping[str, Path]) -> list[Fault]:
         """Faults of finished parents that do not fit (tokenizer, chat template, vocabulary; TRAPS K10).
 
-        ``parents`` maps an input's field to the parent's artifact directory. Rank 0 asks this before ``run``, when
-        every parent's output has been verified; paths are relative to the stage.
+        ``parents`` maps an input's field to the parent's artifact directory. It is asked twice: before anything runs,
+        with those parents that are finished already, and by rank 0 before ``run``, when every parent's output has been
+        verified; paths are relative to the stage.
+        """
+        return []
+
+    @classmethod
+    def check_devices(cls, config: Any, world_size: int | None, has_gpu: bool | None) -> list[Fault]:
+        """Faults of ``config`` on that many ranks with or without GPUs; None leaves either out of it."""
+        return []
+
+    @classmethod
+    def source_names(cls, config: Any) -> list[str] | None:
+        """Names of the sources that the stage brings into the chain; None when it brings none of its own."""
+        return None
+
+    @classmethod
+    def check_sources(cls, config: Any, sources: Mapping[str, list[str]]) -> list[Fault]:
+        """Faults of fields that name sources; ``sources`` maps an input's field to those that reach the stage there.
+
+        An input whose sources the recipe does not define (an artifact elsewhere) is absent.
         """
         return []
 

@@ -62,6 +62,11 @@ class Clean(Stage):
             raise _config_error(config, error) from error
 
     @classmethod
+    def source_names(cls, config: CleanConfig) -> list[str]:
+        """The names by which every later stage knows the sources."""
+        return [source.name for source in config.sources]
+
+    @classmethod
     def plan(cls, config: CleanConfig, model: Any, world_size: int) -> dict[str, Any]:
         """How many sources and packages; sizes are not known before they are read."""
         packages = {p.sha256 for source in config.sources if isinstance(source, PackageSource) for p in source.packages}

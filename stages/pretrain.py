@@ -113,6 +113,16 @@ class Pretrain(Stage):
         return parent_faults(config, model, parents)
 
     @classmethod
+    def check_devices(cls, config: Any, world_size: int | None, has_gpu: bool | None) -> list[Fault]:
+        """Rows that do not divide over the ranks, and off-loading without a GPU."""
+        return settings.device_faults(config, world_size, has_gpu)
+
+    @classmethod
+    def check_sources(cls, config: Any, sources: Mapping[str, list[str]]) -> list[Fault]:
+        """A ``mixture`` that names another source than the data's, or leaves one of them out."""
+        return settings.mixture_faults(config.mixture, sources["data"]) if "data" in sources else []
+
+    @classmethod
     def plan(cls, config: Any, model: ModelSpec | None, world_size: int) -> dict[str, Any]:
         """Tokens, parameters, FLOPs, bytes per GPU and on disk of the run."""
         return settings.plan(config, model, world_size)

@@ -1,16 +1,22 @@
 """Small stages that stand in for the real ones, so that recipe, chain and command line are tested on their own."""
 
+import logging
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from data.errors import DataError
+from data.fetch import FetchError
 from stages.base import ConfigError, Fault, Input, Section, Stage, StageConfig, StageResult, StopRequested, operational
 from stages.runtime.distributed import rank
 
-Ending = Literal["done", "saved", "error", "fault", "value", "memory", "disk", "kill", "sigterm", "busy"]
+Ending = Literal[
+    "done", "saved", "error", "fault", "value", "memory", "disk", "kill", "sigterm", "busy", "data", "fetch", "secret"
+]
 
 
 class Rules(Section):
@@ -107,6 +113,8 @@ class Train(Stage):
 
     @classmethod
     def check_parents(cls, config: Any, model: Any, parents: Any) -> list[Fault]:
+        if "data" not in parents:
+            return []
         text = (parents["data"] / "output" / "text.txt").read_text()
         return [Fault("data", "must hold no poison; got some")] if "poison" in text else []
 
@@ -134,6 +142,12 @@ def end(context: Any) -> None:
             raise ConfigError(Fault("lr", "must be lower; got more; set less"))
         case "value":
             raise ValueError("lr must be lower")
+        case "data":
+            raise DataError([("lr", "must fit the text; got more; set less")])
+        case "fetch":
+            raise FetchError("package a==1 could not be downloaded; check the network")
+        case "secret":
+            tell_secrets(context)
         case "memory":
             raise MemoryError
         case "disk":
@@ -142,6 +156,15 @@ def end(context: Any) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         case "sigterm":
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def tell_secrets(context: Any) -> None:
+    """Give a secret away in every way that a library might: printed, logged, raised."""
+    told = f"401 for token={os.environ['HF_TOKEN']} at https://bob:pw1234@mirror.example/simple"
+    print(told)
+    print(told, file=sys.stderr)
+    logging.getLogger("data.fetch").warning("%s", told)
+    raise RuntimeError(told)
 
 
 STAGES: dict[str, type[Stage]] = {"gather": Gather, "train": Train}

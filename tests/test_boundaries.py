@@ -57,6 +57,49 @@ def test_no_document_feels_another(case: Case | None, backend: str) -> None:  # 
         start += length
 
 
+PAD_BETWEEN = torch.tensor([[1, 1, 1, 1, 0, 1, 1, 1, 1]])
+"""Mask of two documents of four tokens with one token between them that belongs to neither."""
+NEITHER_JOINED = {
+    "seq_idx_across_padding": {
+        "seq_idx": torch.tensor([[0, 0, 0, 0, -1, 1, 1, 1, 1]]), "attention_mask": PAD_BETWEEN,
+    },
+    "position_ids_across_padding": {
+        "position_ids": torch.tensor([[0, 1, 2, 3, 0, 0, 1, 2, 3]]), "attention_mask": PAD_BETWEEN,
+    },
+    "seq_idx_that_comes_back": {"seq_idx": torch.tensor([[0, 0, 0, 0, 1, 0, 0, 0, 0]])},
+}  # fmt: skip
+
+
+@each_subject
+@each_backend
+@pytest.mark.parametrize("described", NEITHER_JOINED.values(), ids=NEITHER_JOINED.keys())
+def test_no_document_feels_another_across_what_lies_between(
+    case: Case | None, backend: str, described: dict[str, Tensor]
+) -> None:  # trap K3
+    model, ids = model_on(backend, case), tokens(1, 9)
+    for document in (slice(0, 4), slice(5, 9)):
+        other = tokens(1, 9, seed=9)
+        other[:, document] = ids[:, document]
+        before, after = (embeds_logits_grad(model, row, document, described) for row in (ids, other))
+        assert torch.equal(before[0], after[0])
+        assert torch.equal(before[1], after[1])
+        outside = torch.ones(9, dtype=torch.bool)
+        outside[document] = False
+        assert before[1][:, outside].abs().max() == 0
+        assert before[1][:, document].abs().max() > 0
+
+
+@each_subject
+@pytest.mark.parametrize("described", NEITHER_JOINED.values(), ids=NEITHER_JOINED.keys())
+def test_documents_apart_give_what_each_gives_alone(case: Case | None, described: dict[str, Tensor]) -> None:
+    model, ids = model_on("torch", case, torch.float64), tokens(1, 9)
+    with torch.no_grad():
+        together = model(ids, **described).logits
+        for document in (slice(0, 4), slice(5, 9)):
+            alone = model(ids[:, document]).logits
+            assert relative_gap(together[:, document], alone) < tolerance(torch.float64, 9)
+
+
 @each_subject
 def test_leak_test_notices_a_model_that_forgets_boundaries(
     case: Case | None, monkeypatch: pytest.MonkeyPatch
@@ -180,11 +223,42 @@ def test_positions_restart_with_each_document_and_skip_padding() -> None:
     assert layout_of(1, 3, past=4, past_tokens=torch.tensor([4])).positions.tolist() == [[4, 5, 6]]
 
 
-def test_positions_that_count_on_are_one_document() -> None:
-    assert layout_of(1, 4, position_ids=torch.tensor([[6, 7, 8, 9]])).doc_ids is None
-    # Padding where position ids stand still is no document either.
-    stands = {"position_ids": torch.tensor([[0, 0, 0, 1]]), "attention_mask": torch.tensor([[0, 0, 1, 1]])}
-    assert layout_of(1, 4, **stands).doc_ids is None
+def test_documents_are_numbered_by_their_changes() -> None:
+    layout = layout_of(1, 9, **NEITHER_JOINED["seq_idx_across_padding"])
+    assert layout.doc_ids is not None
+    assert layout.doc_ids.tolist() == [[0, 0, 0, 0, 0, 1, 1, 1, 1]]
+    assert layout.positions.tolist() == [[0, 1, 2, 3, 3, 0, 1, 2, 3]]
+    back = layout_of(1, 9, **NEITHER_JOINED["seq_idx_that_comes_back"])
+    assert back.doc_ids is not None
+    assert back.doc_ids.tolist() == [[0, 0, 0, 0, 1, 2, 2, 2, 2]]
+    padded = {"seq_idx": torch.tensor([[5, 5, 5, 5, 3, 3]]), "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]])}
+    assert layout_of(1, 6, **padded).positions.tolist() == [[0, 0, 0, 1, 0, 1]], "padding takes no position"
+
+
+@pytest.mark.parametrize(
+    ("positions", "mask"),
+    [
+        ([6, 7, 8, 9], None),
+        ([0, 0, 0, 1], [0, 0, 1, 1]),
+        ([1, 1, 0, 1], [0, 0, 1, 1]),
+        ([0, 1, 1, 1], [1, 1, 0, 0]),
+        ([0, 1, 0, 2], [1, 1, 0, 1]),
+        ([0, 1, 2, 3], [1, 1, 0, 1]),
+    ],
+    ids=["offset", "left_standing", "left_ones", "right", "hole_not_counted", "hole_counted"],
+)
+def test_positions_that_count_on_are_one_document(positions: list[int], mask: list[int] | None) -> None:
+    described = {"position_ids": torch.tensor([positions])}
+    if mask is not None:
+        described["attention_mask"] = torch.tensor([mask])
+    assert layout_of(1, 4, **described).doc_ids is None
+
+
+def test_one_document_stays_one_across_its_padding() -> None:
+    ids, mask = torch.tensor([[0, 0, -1, 0]]), torch.tensor([[1, 1, 0, 1]])
+    assert layout_of(1, 4, seq_idx=ids, attention_mask=mask).doc_ids is None
+    left = layout_of(1, 4, seq_idx=torch.tensor([[-1, -1, 0, 0]]), attention_mask=torch.tensor([[0, 0, 1, 1]]), past=0)
+    assert left.doc_ids is None, "and so may go beside a cache"
 
 
 @pytest.mark.parametrize(

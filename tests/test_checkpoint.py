@@ -63,6 +63,15 @@ def test_when_none_verifies_the_run_does_not_silently_start_over(tmp_path):
         store.newest()
 
 
+@pytest.mark.parametrize("damaged", [10, 30])
+def test_a_damaged_one_beside_whole_ones_of_another_course_does_not_end_the_run(tmp_path, caplog, damaged):
+    store = store_with(tmp_path, 10, 20, 30)
+    flip(store.path(damaged) / "rng.bin", 0)
+    with caplog.at_level(logging.WARNING):
+        assert store.newest(lambda step, state: False) is None
+    assert f"step-{damaged:08d}: rng.bin has another SHA-256" in caplog.text
+
+
 def test_old_ones_go_and_pinned_ones_stay(tmp_path):
     store = CheckpointStore(tmp_path, keep=2)
     for step in range(1, 7):

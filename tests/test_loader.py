@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_corpus import build_tokens
 
+from data.errors import DataError
 from data.loader import MixtureLoader
 from data.mix import PERIOD_ROWS, SourceSchedule, permute
 from data.packing import pack
@@ -207,16 +208,17 @@ def test_too_many_epochs_are_refused_naming_source_count_cap_and_way_out(tokens)
     loader = make(tokens, weights={"aa": 1, "bb": 0, "cc": 1}, max_epochs=4)
     epochs = 400 * T / len(stream("cc"))
     with pytest.raises(
-        ValueError, match=rf"source cc: 100 steps read it {epochs:.2f} times.*max_epochs 4.*lower weights"
-    ):
+        DataError, match=rf"{epochs:.2f} times that 100 steps read source cc; got 4; lower mixture.cc"
+    ) as e:
         loader.plan(100)
+    assert [field for field, _ in e.value.faults] == ["max_epochs", "max_epochs"]
 
 
 def test_a_weighted_source_that_gets_no_row_is_refused(tokens):
     # traps T4, T5
     loader = make(tokens, weights={"aa": 1e9, "bb": 1, "cc": 1}, global_batch_size=1)
     assert make(tokens, global_batch_size=1).plan(1)
-    with pytest.raises(ValueError, match=r"source aa: its weight .* gives no row in 1 steps"):
+    with pytest.raises(ValueError, match=r"mixture.aa must give a row in 1 steps or be 0; got the share 1"):
         loader.plan(1)
 
 
@@ -233,11 +235,11 @@ def test_a_source_shorter_than_one_window_goes_round(tmp_path):
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"aa": 1, "bb": 1, "c": 1}, r"weights.c must name a source.*did you mean cc"),
-        ({"aa": 1, "bb": 1}, r"weights must name every source; cc is missing"),
-        ({"aa": -1, "bb": 1, "cc": 1}, r"weights.aa must be 0 or a positive number; got -1"),
-        ({"aa": float("nan"), "bb": 1, "cc": 1}, r"weights.aa must be 0 or a positive number; got nan"),
-        ({"aa": 0, "bb": 0, "cc": 0}, r"weights must leave at least one source"),
+        ({"aa": 1, "bb": 1, "c": 1}, r"mixture.c must name a source.*did you mean cc"),
+        ({"aa": 1, "bb": 1}, r"mixture.cc must give every source its weight; got none"),
+        ({"aa": -1, "bb": 1, "cc": 1}, r"mixture.aa must be 0 or a positive number; got -1"),
+        ({"aa": float("nan"), "bb": 1, "cc": 1}, r"mixture.aa must be 0 or a positive number; got nan"),
+        ({"aa": 0, "bb": 0, "cc": 0}, r"mixture must leave at least one source"),
     ],
 )
 def test_bad_weights_are_refused(tokens, weights, message):
@@ -247,7 +249,7 @@ def test_bad_weights_are_refused(tokens, weights, message):
 
 def test_a_weight_on_an_empty_source_is_refused(tmp_path):
     build_tokens(tmp_path, {"aa": [[5]], "bb": []})
-    with pytest.raises(ValueError, match=r"weights.bb must be 0"):
+    with pytest.raises(ValueError, match=r"mixture.bb must be 0"):
         make(tmp_path, weights={"aa": 1, "bb": 1})
     assert list(make(tmp_path).plan(1)) == ["aa"]
 

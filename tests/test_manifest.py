@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from damage import FILES, fill, flip
 
+from stages.runtime import manifest
 from stages.runtime.checkpoint import CheckpointError, seal, verify_manifest, write_manifest
 
 
@@ -106,6 +107,38 @@ def test_an_extended_run_may_seal_over_its_older_output(tmp_path):
         (temporary / "weights").write_bytes(content)
         seal(temporary, tmp_path / "output")
     assert (tmp_path / "output/weights").read_bytes() == b"longer"
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing below may catch it."""
+
+
+@pytest.mark.parametrize("deaths", ["second rename", "removal"])
+def test_what_a_crash_while_an_older_output_gave_way_left_goes_with_the_next_seal(tmp_path, monkeypatch, deaths):
+    # trap O2
+    def attempt(content: bytes) -> str:
+        (tmp_path / "output.tmp").mkdir(exist_ok=True)
+        (tmp_path / "output.tmp/weights").write_bytes(content)
+        return seal(tmp_path / "output.tmp", tmp_path / "output")
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    attempt(b"short")
+    real_rename = os.rename
+    with monkeypatch.context() as patch:
+        if deaths == "removal":
+            patch.setattr(manifest.shutil, "rmtree", killed)
+        else:
+            patch.setattr(os, "rename", lambda a, b: killed() if a.name == "output.tmp" else real_rename(a, b))
+        with pytest.raises(Killed):
+            attempt(b"longer")
+    assert (tmp_path / "output.removed.tmp").is_dir()
+    if deaths == "removal":
+        assert (tmp_path / "output/weights").read_bytes() == b"longer", "the new one stands before the old one goes"
+    digest = attempt(b"longest")
+    assert verify_manifest(tmp_path / "output") == digest
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
 
 

@@ -168,28 +168,47 @@ def test_attention_recurrence_is_a_softmax_over_the_tokens_before() -> None:
     assert torch.equal(o[:, 0], o[:, 1])
 
 
-def gla_gradients(core: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    inputs = tuple(part.detach().requires_grad_() for part in inputs)
-    output = core(*inputs, layout_of(1, 70), None, 64)[0]
-    return (output.detach(), *torch.autograd.grad(output.square().sum(), inputs))
+RECURRENCES = {"ssd": (ssd_chunked, ssd_recurrence), "gla": (gla_chunked, gla_recurrence)}
+DECAY_AT = {"ssd": 1, "gla": 3}
+"""Which argument of the core holds the log decays."""
+PACKED_LENGTHS = [30, 3, 37, 30]
 
 
-def gla_inputs(strength: float) -> tuple[Tensor, ...]:
+def decayed_inputs(name: str, strong: float, every_token: bool) -> list[Tensor]:
+    """Inputs of a core whose tokens, all or one in ten, decay by up to ``strong`` and the rest by up to 0.01."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 70, 2, 8, generator=generator) for _ in range(3))
-    return q, k, v, -strength * torch.rand(1, 70, 2, 8, generator=generator)
+    widths = {"ssd": ((2, 8), (2,), (1, 8), (1, 8)), "gla": ((2, 8),) * 4}[name]
+    inputs = [torch.randn(1, 100, *shape, generator=generator) for shape in widths]
+    decay = inputs[DECAY_AT[name]]
+    chosen = torch.rand(decay.shape, generator=generator) < (1.0 if every_token else 0.1)
+    inputs[DECAY_AT[name]] = -torch.where(chosen, strong, 0.01) * torch.rand(decay.shape, generator=generator)
+    return inputs
 
 
-@pytest.mark.parametrize("strength", [0.0, 1e-6, 3.0, 60.0, 1e4])
-def test_gla_is_exact_at_any_gate(strength: float) -> None:
-    # At 1e4 every factor of exp(b_i) exp(-b_j) would overflow; at 1e-6 nothing decays.
-    inputs = gla_inputs(strength)
-    got = gla_gradients(gla_chunked, inputs)
-    wanted = gla_gradients(gla_recurrence, tuple(part.double() for part in inputs))
-    # exp of a sum that is not yet zero in fp32, so above -104, carries the sum's own rounding.
-    rounding = 104 * torch.finfo(torch.float32).eps
+def core_results(core: Any, inputs: list[Tensor], layout: Layout, dtype: torch.dtype) -> list[Tensor]:
+    """Output, last state and every gradient in fp64, computed in ``dtype``."""
+    inputs = [part.to(dtype).requires_grad_() for part in inputs]
+    output, state = core(*inputs, layout, None, 64)
+    gradients = torch.autograd.grad(output.square().sum() + state.square().sum(), inputs)
+    return [part.detach().double() for part in (output, state, *gradients)]
+
+
+@pytest.mark.parametrize("name", RECURRENCES)
+@pytest.mark.parametrize("packed", [False, True], ids=["one_document", "packed"])
+@pytest.mark.parametrize("every_token", [True, False], ids=["every_token", "some_tokens"])
+@pytest.mark.parametrize("strong", [0.0, 1e-6, 3.0, 16.0, 60.0, 200.0, 2e3, 1e4])
+def test_chunked_form_is_exact_at_any_decay(name: str, packed: bool, every_token: bool, strong: float) -> None:
+    # At 1e4 every factor of exp(b_i) exp(-b_j) would overflow; at 1e-6 nothing decays; weak decays after strong ones
+    # are lost where they are a difference of running sums.
+    layout = layout_of(1, 100, **({"seq_idx": packed_ids(PACKED_LENGTHS)} if packed else {}))
+    inputs = decayed_inputs(name, strong, every_token)
+    chunked, recurrence = RECURRENCES[name]
+    got = core_results(chunked, inputs, layout, torch.float32)
+    wanted = core_results(recurrence, inputs, layout, torch.float64)
+    # exp(-s) of a sum with relative error eps is off by s exp(-s) eps at most, which is below eps for every s: what is
+    # left is the rounding of some hundred products, a squared one at the gradients, whatever the decay.
     for mine, right in zip(got, wanted, strict=True):
-        assert relative_gap(mine.double(), right) < tolerance(torch.float32, 70) + rounding
+        assert relative_gap(mine, right) < 2 * 100**0.5 * torch.finfo(torch.float32).eps
 
 
 def test_ssd_is_finite_at_decays_that_underflow() -> None:
@@ -234,10 +253,11 @@ def test_unknown_backend_is_refused_by_name(name: str) -> None:  # trap K2
         mixer.use_backend("flash")
 
 
-def test_chunk_size_never_changes_the_result() -> None:
-    case = next(case for case in CASES if case.name == "gla")
+@pytest.mark.parametrize("name", ["mamba2", "gla"])
+def test_chunk_size_never_changes_the_result(name: str) -> None:
+    case = next(case for case in CASES if case.name == name)
     x = torch.randn(1, 50, 32, dtype=torch.float64)
     outputs = [
-        tiny_mixer(Case("gla", case.spec | {"chunk_size": size}))(x, layout_of(1, 50)) for size in (1, 3, 8, 64, 1024)
+        tiny_mixer(Case(name, case.spec | {"chunk_size": size}))(x, layout_of(1, 50)) for size in (1, 3, 8, 64, 1024)
     ]
     assert max(relative_gap(output, outputs[0]) for output in outputs) < tolerance(torch.float64, 50)

@@ -181,6 +181,44 @@ def test_nonfinite_steps_are_skipped_counted_logged_and_leave_weights_alone(tmp_
     assert fingerprints[4] == fingerprints[6] == fingerprints[8] != fingerprints[10]
 
 
+class Scaled(torch.autograd.Function):
+    """Passes a value through; its gradient comes back times ``factor``."""
+
+    @staticmethod
+    def forward(ctx, value, factor):
+        ctx.factor = factor
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.factor, None
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+@pytest.mark.parametrize("engine", ["zero0", "zero1", "zero2", "zero3"])
+def test_a_finite_loss_with_nonfinite_gradients_is_skipped(tmp_path, tokens, monkeypatch, engine, factor, precision):
+    # trap T3
+    real, fingerprints = TrainingEngine.forward, []
+
+    def poisoned(self, **inputs):
+        output = real(self, **inputs)
+        if output.loss is not None and self.model.training:
+            fingerprints.append(self.fingerprint())
+            output.loss = Scaled.apply(output.loss, factor if len(fingerprints) == 2 else 1.0)
+        return output
+
+    monkeypatch.setattr(TrainingEngine, "forward", poisoned)
+    log = Log()
+    facts = {"deepspeed": engine, "precision": precision, "max_steps": 3, "micro_batch_size": 4}
+    result = run(tmp_path, tokens, tracker=log, **facts)
+    assert log.of("skip", "reason") == {2: "nonfinite"}
+    assert math.isfinite(log.of("skip", "loss_nats_per_token")[2])
+    assert fingerprints[0] != fingerprints[1] == fingerprints[2]
+    # Two steps of four rows of 32 tokens were applied; what the skipped one read was not trained on.
+    assert result.metrics["tokens"] == 2 * 4 * 32
+
+
 def test_skipped_steps_in_a_row_end_the_run(tmp_path, tokens, monkeypatch):  # trap T3
     real = TrainingEngine.accumulate
     monkeypatch.setattr(TrainingEngine, "accumulate", lambda self, inputs, n: real(self, inputs, 0))
@@ -281,6 +319,14 @@ def test_the_engine_never_casts_or_decays_the_islands(tmp_path, tokens, monkeypa
 def test_a_vocabulary_beyond_the_embedding_is_refused(tmp_path, tokens):  # trap K10
     with pytest.raises(ConfigError, match=r"^data: model\.vocab_size must be at least"):
         run(tmp_path, tokens, model=spec(vocab_size=64))
+
+
+def test_what_does_not_fit_the_datas_sources_is_named_by_the_field_that_asks_for_it(tmp_path, tokens):
+    with pytest.raises(ConfigError) as refused:
+        run(tmp_path, tokens, mixture={"en": 1.0, "fr": 1.0})
+    assert [fault.path for fault in refused.value.faults] == ["pretrain.mixture.fr", "pretrain.mixture.de"]
+    with pytest.raises(ConfigError, match=r"pretrain\.max_epochs: must cover .*; got 0\.01; lower mixture\.de"):
+        run(tmp_path, tokens, max_epochs=0.01)
 
 
 def test_a_micro_batch_that_does_not_divide_is_refused_with_the_sizes_that_do(tmp_path, tokens):

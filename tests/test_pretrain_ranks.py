@@ -50,10 +50,7 @@ def make_batch(tokens: Path) -> dict[str, Any]:
     return batch
 
 
-def gradients(tokens: Path, engine: str, micro_batch_size: int) -> dict[str, Any]:
-    """Full gradients as the optimizer is about to get them, by parameter, from this rank's share of the rows."""
-    from deepspeed.utils import safe_get_full_grad
-
+def make_engine(engine: str, micro_batch_size: int) -> Any:
     from model.init import no_decay
     from stages.runtime import distributed
     from stages.runtime.engine import TrainingEngine
@@ -62,7 +59,16 @@ def gradients(tokens: Path, engine: str, micro_batch_size: int) -> dict[str, Any
     model = make_model()
     groups = parameter_groups(model, weight_decay=0.1, decay_embeddings=False, exempt=no_decay)
     settings = engine_config(engine, micro_batch_size, distributed.world_size())
-    wrapped = TrainingEngine(model, adamw(groups, betas=(0.9, 0.95), eps=1e-8), settings)
+    return TrainingEngine(model, adamw(groups, betas=(0.9, 0.95), eps=1e-8), settings)
+
+
+def gradients(tokens: Path, engine: str, micro_batch_size: int) -> dict[str, Any]:
+    """Full gradients as the optimizer is about to get them, by parameter, from this rank's share of the rows."""
+    from deepspeed.utils import safe_get_full_grad
+
+    from stages.runtime import distributed
+
+    wrapped = make_engine(engine, micro_batch_size)
     batch = make_batch(tokens)
     n_tokens = int((batch["labels"][:, 1:] != -100).sum())
     share = ROWS // distributed.world_size()
@@ -70,7 +76,24 @@ def gradients(tokens: Path, engine: str, micro_batch_size: int) -> dict[str, Any
     for start in range(first, first + share, micro_batch_size):
         rows = {name: tensor[start : start + micro_batch_size] for name, tensor in batch.items()}
         wrapped.accumulate(rows, n_tokens)
-    return {name: safe_get_full_grad(parameter).clone().numpy() for name, parameter in model.named_parameters()}
+    return {name: safe_get_full_grad(parameter).clone().numpy() for name, parameter in wrapped.model.named_parameters()}
+
+
+def random_streams(directory: Path) -> tuple[list[float], list[float]]:
+    """What this rank draws after a save, and again after a load; every rank has a stream of its own."""
+    import torch
+
+    from stages.runtime import distributed, rng
+
+    wrapped = make_engine("zero0", 1)
+    directory.mkdir(exist_ok=True)
+    distributed.barrier()
+    rng.seed_all(100 + distributed.rank())
+    wrapped.save(directory)
+    distributed.barrier()
+    drawn = torch.rand(3).tolist()
+    wrapped.load(directory)
+    return drawn, torch.rand(3).tolist()
 
 
 def losses(directory: Path, tokens: Path, engine: str) -> list[float]:
@@ -137,6 +160,7 @@ def everything(directory: Path, tokens: Path) -> dict[str, Any]:
 
     ds_config.engine_facts = facts
     result = {"losses": {}, "gradients": {}, "score": score(tokens)}
+    result["random"] = random_streams(directory / "random")
     for name in ENGINES:
         result["losses"][name] = losses(directory / name, tokens, name)
         for micro in (1, 4):
@@ -238,6 +262,13 @@ def test_two_ranks_resume_bit_for_bit(two_ranks, folder, engine):  # trap T6
         "step-00000002", "step-00000004",
     ]  # fmt: skip
     assert parts == whole
+
+
+def test_every_rank_saves_and_takes_up_its_own_random_stream(two_ranks):  # trap T6
+    for rank in two_ranks:
+        drawn, again = rank["random"]
+        assert again == drawn
+    assert two_ranks[0]["random"] != two_ranks[1]["random"]
 
 
 def test_a_checkpoint_of_two_ranks_is_refused_on_one(two_ranks, folder, tokens):

@@ -3,6 +3,7 @@
 import pytest
 from fake_chain import RECIPE, STAGES, write_recipe
 
+from model.spec import expand_pattern
 from pipelines.credentials import is_secret_value
 from pipelines.document import parse
 from pipelines.recipe import RECIPES, SCHEMA, load_recipe, recipe_schema, schema_text
@@ -158,3 +159,8 @@ def test_each_shipped_recipe_is_valid_and_names_the_schema(path):
     recipe = load_recipe(path)
     assert path.read_text(encoding="utf-8").startswith("# yaml-language-server: $schema=schema.json")
     assert recipe.stages
+
+
+def test_brackets_without_end_are_one_line_and_no_recursion():
+    with pytest.raises(ValueError, match="layers must have at most 128 brackets; got 3000"):
+        expand_pattern("(" * 3000 + "mamba2" + ")" * 3000)

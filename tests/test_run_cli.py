@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 from fake_chain import RECIPE, STAGES, write_recipe
 
+from pipelines.chain import build_chain
+from pipelines.recipe import load_recipe
 from pipelines.run import main, parse, without_local_rank
-from stages.runtime.artifact import canonical_digest, read_record
+from stages.runtime import artifact
+from stages.runtime.artifact import canonical_digest, read_record, write_record
+from stages.runtime.lifecycle import Surroundings, follow
 from stages.runtime.lock import hold
 from stages.runtime.manifest import verify_manifest
 
@@ -100,6 +104,16 @@ def test_an_unknown_stage_is_named_with_the_nearest(cli, argv, capsys):
     assert "did you mean 'train'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("ranks", ["two", "2"])
+def test_ranks_without_a_launcher_are_refused_in_one_line(cli, monkeypatch, capsys, ranks):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    assert cli("--stage", "train") == 2
+    err = capsys.readouterr().err
+    assert "start through the launcher" in err
+    assert len(err.splitlines()) == 1
+
+
 def test_a_stage_runs_after_the_data_stages_that_it_needs_and_a_second_time_says_done(cli, tmp_path, capsys):
     assert cli("--stage", "train") == 0
     assert {name: record["state"] for name, record in records(tmp_path).items()} == {"gather": "done", "train": "done"}
@@ -138,7 +152,10 @@ def test_the_record_holds_what_the_contract_promises(cli, tmp_path):
         ("saved", 85, "saved", "saved (SIGTERM)", False),
         ("error", 1, "failed", "RuntimeError: the sum is not finite", True),
         ("fault", 2, "failed", "train.lr: must be lower", False),
-        ("value", 2, "failed", "lr must be lower", False),
+        # What a library raises is no fault of the user's: by its class alone it could be either.
+        ("value", 1, "failed", "ValueError: lr must be lower", True),
+        ("data", 2, "failed", "train.lr: must fit the text; got more; set less", False),
+        ("fetch", 1, "failed", "train failed: package a==1 could not be downloaded; check the network", False),
         ("memory", 1, "failed", "out of memory", False),
         ("disk", 1, "failed", "no space left on the disk", False),
     ],
@@ -152,11 +169,50 @@ def test_each_ending_has_its_exit_code_state_and_line(cli, tmp_path, capsys, end
     assert record["state"] == state
     assert record["error"] is None or "\n" not in record["error"]
     log = next((tmp_path / "runs" / "toy").glob("train-*/log.txt")).read_text()
-    assert ("Traceback" in log) == (ending not in ("saved", "fault"))
+    assert ("Traceback" in log) == (ending not in ("saved", "fault", "data"))
     # The ending is operational, so the same artifact goes on and ends well.
     assert cli("--stage", "train") == 0
     assert records(tmp_path)["train"]["attempts"] == 2
     assert records(tmp_path)["train"]["error"] is None
+
+
+@pytest.mark.parametrize("refusal", ["fault", "data"])
+def test_a_refused_restart_leaves_what_was_saved_as_it_was(cli, tmp_path, capsys, refusal):
+    assert cli("--stage", "train", "--set", "train.ending=saved") == 85
+    train = next((tmp_path / "runs" / "toy").glob("train-*"))
+    (train / "checkpoints" / "step-00000007").mkdir(parents=True)
+    (train / "checkpoints" / "step-00000007" / "manifest.json").touch()
+    assert cli("--stage", "train", "--set", "train.ending=saved") == 85
+    before = records(tmp_path)["train"]
+    assert cli("--stage", "train", "--set", f"train.ending={refusal}") == 2
+    assert "train.lr: must" in capsys.readouterr().err
+    after = records(tmp_path)["train"]
+    assert (after["state"], after["step"], after["error"]) == ("saved", 7, None)
+    assert {**after, "updated_at": None} == {**before, "updated_at": None}
+    assert cli("--plan") == 0
+    assert "saved at step 7" in capsys.readouterr().out
+
+
+def test_a_refused_extension_leaves_the_finished_run_done(cli, tmp_path):
+    assert cli("--stage", "train") == 0
+    assert cli("--stage", "train", "--set", "train.max_steps=400", "--set", "train.ending=fault") == 2
+    assert records(tmp_path)["train"]["state"] == "done"
+    assert cli("--stage", "train") == 0
+    assert records(tmp_path)["train"]["attempts"] == 1
+
+
+def test_a_secret_that_a_stage_tells_is_nowhere_in_its_artifact_nor_on_the_console(
+    cli, tmp_path, capsys, monkeypatch
+):  # trap O6
+    monkeypatch.setenv("HF_TOKEN", "s3cr3t-of-the-hub")
+    assert cli("--stage", "train", "--set", "train.ending=secret") == 1
+    captured = capsys.readouterr()
+    assert "Traceback" in captured.err
+    written = {path: path.read_text() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    assert {path.name for path, text in written.items() if "401 for token=" in text} >= {"stage.json", "log.txt"}
+    for text in (captured.out, captured.err, *written.values()):
+        assert "s3cr3t" not in text
+        assert "pw1234" not in text
 
 
 def test_a_data_stage_takes_sigterm_as_a_request_to_stop(cli, tmp_path):
@@ -284,6 +340,19 @@ def test_every_rank_ends_with_the_same_code(tmp_path, argv, code):
     assert second == ""
 
 
+def test_a_refusal_is_told_once_on_each_machine(cli, tmp_path, capsys, monkeypatch):
+    assert cli("--stage", "train", "--set", "train.ending=fault") == 2
+    assert capsys.readouterr().err.count("train.lr: must be lower") == 1
+    recipe = load_recipe(tmp_path / "toy.yaml", ["train.ending=fault"], STAGES)
+    node = build_chain(recipe, tmp_path / "runs", STAGES).nodes["train"]
+    monkeypatch.setenv("RANK", "1")
+    assert follow(node.stage(), node.job, Surroundings(tmp_path)) == 2
+    assert capsys.readouterr().err == ""
+    write_record(node.job.directory, {**read_record(node.job.directory), "host": "elsewhere"})
+    assert follow(node.stage(), node.job, Surroundings(tmp_path)) == 2
+    assert capsys.readouterr().err == "rank 1: train.lr: must be lower; got more; set less\n"
+
+
 def test_other_ranks_notice_that_rank_0_was_killed_while_it_prepared(tmp_path):  # trap O7
     (_, first), (said, second) = ranks(tmp_path, "--stage", "train", "--set", "gather.ending=kill")
     assert first == -9
@@ -328,3 +397,26 @@ def test_plan_shows_keys_reasons_figures_and_disk(cli, tmp_path, capsys):
     assert "30,000" in out
     assert "disk: at least 4.0 KiB wanted" in out
     assert "left to do: train, tuned" in out
+
+
+def test_last_events_pass_over_a_lost_future(tmp_path):
+    rows = [("train", 100), ("train", 300), ("eval", 290), ("resume", 280), ("train", 295)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"event": "{e}", "step": {s}}}\n' for e, s in rows))
+    assert {event: row["step"] for event, row in artifact.last_events(tmp_path).items()} == {
+        "train": 295,
+        "resume": 280,
+    }
+
+
+@pytest.mark.parametrize("mode", [["--all"], ["--stage", "gather"]])
+def test_a_runs_folder_that_is_a_file_is_one_line(tmp_path, capsys, mode):
+    (tmp_path / "afile").write_text("")
+    recipe = write_recipe(tmp_path)
+    assert main([*mode, "--pipeline", str(recipe), "--runs", str(tmp_path / "afile")], STAGES) == 2
+    assert "--runs must be a folder that can be written; got" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = f"{sys.executable} {ROOT / 'pipelines' / 'run.py'} --plan --json | head -1"
+    ended = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
+    assert ended.stderr == ""

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from stages.runtime.scrub import REDACTED, find_secrets, scrub, scrub_argv
+from stages.runtime.scrub import REDACTED, scrub, scrub_argv
 
 
 def test_names_of_secrets_are_told_from_words_of_the_field():
@@ -15,7 +15,6 @@ def test_names_of_secrets_are_told_from_words_of_the_field():
     redacted = {name for name, value in scrub(config, []).items() if value == REDACTED}
     assert redacted == {"hf_token", "api-key", "secret", "wandb_api_key"}
     assert scrub(config, [])["db"] == {"password": REDACTED}
-    assert sorted(find_secrets(config)) == ["api-key", "db.password", "hf_token", "secret", "wandb_api_key"]
 
 
 @pytest.mark.parametrize(
@@ -30,7 +29,6 @@ def test_names_of_secrets_are_told_from_words_of_the_field():
     ],
 )
 def test_shapes_of_keys_are_found_in_any_text(text):
-    assert list(find_secrets({"sources": [{"url": f"x {text} y"}]})) == ["sources.0.url"]
     assert text not in json.dumps(scrub([{"url": f"x {text} y"}], []))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_corpus import build_tokens
 
-from data.shards import HELDOUT, TRAIN, open_shard, read_ids, read_info, token_dtype, verify
+from data.shards import HELDOUT, TRAIN, open_shard, read_ids, read_info, token_dtype
 
 DOCUMENTS = {"wiki": [[5, 6, 7], [8], [9, 59_999]], "netz": [[2, 3]]}
 
@@ -46,16 +46,6 @@ def test_a_truncated_file_is_refused_at_opening_by_name(tokens, suffix):
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(ValueError, match=f"wiki{suffix} must be"):
         open_shard(read_info(tokens), TRAIN, "wiki")
-
-
-def test_a_flipped_byte_is_found_by_verification(tokens):
-    verify(tokens)
-    path = tokens / TRAIN / "netz.bin"
-    content = bytearray(path.read_bytes())
-    content[0] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"netz.bin must have sha256"):
-        verify(tokens)
 
 
 def test_a_folder_without_facts_is_refused(tmp_path):

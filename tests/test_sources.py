@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from data.catalogs import message_documents, read_catalog
 from data.own_text import sources_from_directory
 from data.rows import MissingField, render_row
-from data.source_config import Source
+from data.source_config import FilesSource, Source
 from data.sources import SourceError, read_source, source_revision
 
 SOURCE = TypeAdapter(Source)
@@ -251,8 +251,9 @@ def test_a_missing_folder_and_a_pattern_without_files_are_one_line(tmp_path):
 
 
 def test_a_directory_of_ones_own_text_becomes_sources_that_read_all_of_it(tmp_path):
-    (tmp_path / "en[1].txt").write_text(ENGLISH)
-    (tmp_path / "de.md").write_text(GERMAN)
+    for number in (1, 2, 3):
+        (tmp_path / f"en[{number}].txt").write_text(ENGLISH)
+        (tmp_path / f"de{number}.md").write_text(GERMAN)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"content": ENGLISH}) + "\n")
     (tmp_path / "tool.py").write_text("x = 1\n")
     (tmp_path / "big.txt").write_text(f"{ENGLISH}\n\n" * 800)
@@ -260,8 +261,8 @@ def test_a_directory_of_ones_own_text_becomes_sources_that_read_all_of_it(tmp_pa
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
     sources = [SOURCE.validate_python(config) for config in sources_from_directory(tmp_path)]
     assert {(s.name, s.language, s.rules, len(read(s))) for s in sources} == {
-        ("own-text-en", "en", "prose", 1),
-        ("own-text-de", "de", "prose", 1),
+        ("own-text-en", "en", "prose", 3),
+        ("own-text-de", "de", "prose", 3),
         ("own-rows-en-content", "en", "prose", 1),
         ("own-code", "code", "code", 1),
         ("own-collection-en", "en", "prose", 800),
@@ -273,3 +274,27 @@ def test_a_directory_without_text_is_refused(tmp_path):
         sources_from_directory(tmp_path)
     with pytest.raises(SourceError, match="must be a folder"):
         sources_from_directory(tmp_path / "absent")
+
+
+def test_a_stray_file_is_no_source_of_its_own(tmp_path, capsys):
+    for number in range(4):
+        (tmp_path / f"english{number}.txt").write_text(f"The quick brown fox number {number} jumps over the lazy dog.")
+    (tmp_path / "deutsch.txt").write_text("Der schnelle braune Fuchs springt über den faulen Hund am Fluss.", "utf-8")
+    (tmp_path / "latin1.txt").write_bytes("Über den Fluß".encode("latin-1"))
+    (source,) = sources_from_directory(tmp_path)
+    assert source["language"] == "en"
+    assert source["include"] == ["deutsch.txt", *(f"english{number}.txt" for number in range(4))]
+    assert "latin1.txt is left out: not UTF-8 (byte 0xdc)" in capsys.readouterr().err
+
+
+def test_one_file_is_a_collection_of_paragraphs(tmp_path):
+    (tmp_path / "notes.md").write_text("One paragraph.\n\nAnother paragraph.\n\nA third.")
+    (source,) = sources_from_directory(tmp_path)
+    assert source["split"] == "blank_line"
+
+
+@pytest.mark.parametrize("pattern", ["../../*", "/etc/*", "docs/../../*.txt"])
+def test_a_pattern_cannot_leave_its_folder(pattern):
+    plain = {"name": "own", "type": "files", "language": "en", "licence": "own", "rules": "prose", "path": "."}
+    with pytest.raises(ValueError, match="must stay inside the source's folder"):
+        FilesSource.model_validate(plain | {"include": [pattern]})

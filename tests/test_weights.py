@@ -82,6 +82,28 @@ def test_weights_keep_the_dtype_they_are_held_in(tmp_path):
     assert stored["model.layers.0.mlp.up_proj.weight"].dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    "written", [lambda held: held.view(dtype("int32")), lambda held: held.reshape(4, 4), lambda held: held + 1]
+)
+def test_a_tensor_written_with_another_dtype_shape_or_value_is_refused(tmp_path, written):
+    model = tiny(0)
+    real = model.save_pretrained
+
+    def save(directory: Path, state_dict: dict[str, Any]) -> None:
+        name = "model.norm.weight"
+        real(directory, state_dict=state_dict | {name: written(state_dict[name])})
+
+    model.save_pretrained = save
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight reads back different from the model"):
+        save_weights(tmp_path / "out", model, None)
+
+
+def dtype(name: str) -> Any:
+    import torch
+
+    return getattr(torch, name)
+
+
 def test_tokenizer_and_licence_go_with_the_weights_and_nothing_is_pickled(tmp_path):
     save_weights(tmp_path / "out", tiny(), tokenizer_folder(tmp_path / "tokenizer"))
     names = {path.name for path in (tmp_path / "out").iterdir()}

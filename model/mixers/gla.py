@@ -11,7 +11,6 @@ Each head computes, with gates alpha_t in (0, 1)^K (section 4.4 of the paper)::
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import torch
@@ -23,7 +22,7 @@ from model.boundaries import Layout
 from model.cache import MixerState, RecurrentState
 from model.layers import ResidualProjection, RMSNorm, at_least_fp32
 from model.mixers.contract import Mixer, island
-from model.mixers.scan import carry_states, document_changes, from_chunks, into_chunks
+from model.mixers.scan import block_size, carry_states, document_changes, from_chunks, into_chunks
 from model.spec import GLASpec, ModelSpec
 
 
@@ -51,7 +50,7 @@ def gla_chunked(
 ) -> tuple[Tensor, Tensor]:
     """What ``gla_recurrence`` gives, by matrix products within chunks and a short loop over chunks."""
     time = q.shape[1]
-    size = _block_size(time, chunk_size)
+    size = block_size(time, chunk_size)
     masks = layout.chunk_masks(size)
     q, k, v, log_decay = (into_chunks(part, size) for part in (q, k, v, log_decay))  # (B, C, H, Q, K or V)
     scores, since_start, until_end = _scores(q, k, log_decay)
@@ -91,12 +90,6 @@ def _scores(q: Tensor, k: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor, Te
         until = torch.cat([until_left + since_right[..., -1:, :], until_right], -2)
         block *= 2
     return scores.squeeze(-3), since.squeeze(-3), until.squeeze(-3)
-
-
-def _block_size(time: int, chunk_size: int) -> int:
-    """The largest power of two up to ``chunk_size`` that does not pad a short sequence beyond need."""
-    largest = 2 ** int(math.log2(chunk_size))
-    return min(largest, max(1, 2 ** math.ceil(math.log2(time))))
 
 
 def gla_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model import init
-from model.boundaries import ChunkMasks, Layout
+from model.boundaries import Layout
 from model.cache import MixerState, RecurrentState
 from model.layers import CausalConv, GatedRMSNorm, ResidualProjection, at_least_fp32
 from model.mixers.contract import Mixer, island
-from model.mixers.scan import carry_states, document_changes, from_chunks, into_chunks
+from model.mixers.scan import block_size, carry_states, document_changes, from_chunks, into_chunks
 from model.spec import Mamba2Spec, ModelSpec
 
 
@@ -51,32 +51,26 @@ def ssd_chunked(
 ) -> tuple[Tensor, Tensor]:
     """What ``ssd_recurrence`` gives, by matrix products within chunks and a short loop over chunks (section 6).
 
-    Every exponent is a sum of log decays over a stretch of one document, so never above zero.
+    Exact to rounding at any decay: every exponent is a sum of log decays over the stretch itself (``_decays``).
     """
     time = x.shape[1]
-    masks = layout.chunk_masks(chunk_size)
-    x, b, c = (into_chunks(part, chunk_size) for part in (x, b, c))
-    total = _running_sums(into_chunks(log_decay, chunk_size), masks)  # (B, C, H, Q)
-    last = total[..., -1:]
+    size = block_size(time, chunk_size)
+    masks = layout.chunk_masks(size)
+    x, log_decay, b, c = (into_chunks(part, size) for part in (x, log_decay, b, c))
+    decay, since_start, until_end = _decays(log_decay)
+    from_start, to_end, through = since_start.exp(), until_end.exp(), since_start[..., -1:, None].exp()
+    scores = c @ b.transpose(-1, -2)  # (B, C, G, Q, Q)
+    if masks is not None:
+        scores = scores * masks.pairs[:, :, None]
+        from_start = from_start * masks.head[:, :, None]
+        to_end = to_end * masks.tail[:, :, None]
+        through = through * masks.through[:, :, None, None, None]
 
     # 1. Within a chunk: the masked product of C, B and the decay between each pair.
-    causal = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=x.device).tril()
-    allowed = causal if masks is None else causal & masks.pairs[:, :, None]
-    decay = (total[..., :, None] - total[..., None, :]).masked_fill(~allowed, -torch.inf).exp()  # (B, C, H, Q, Q)
-    scores = c @ b.transpose(-1, -2)  # (B, C, G, Q, Q)
     weights = _by_group(decay, b.shape[2]) * scores[:, :, :, None]
     y = weights.flatten(2, 3) @ x
 
     # 2. What each chunk adds to the state.
-    until_end = last - total
-    if masks is not None:
-        # Sums start afresh with each document, so across a boundary the difference can be large and positive: it must
-        # go before exp, or infinity times zero makes NaN of the gradient.
-        until_end = until_end.masked_fill(~masks.tail[:, :, None], -torch.inf)
-    to_end, from_start, through = until_end.exp(), total.exp(), last[..., None].exp()
-    if masks is not None:
-        from_start = from_start * masks.head[:, :, None]
-        through = through * masks.through[:, :, None, None, None]
     weighted = _by_group(x * to_end[..., None], b.shape[2])  # (B, C, G, H/G, Q, P)
     added = (weighted.transpose(-1, -2) @ b[:, :, :, None]).flatten(2, 3)  # (B, C, H, P, N)
 
@@ -151,20 +145,28 @@ class Mamba2(Mixer):
         return y + self.D[:, None] * x, state
 
 
-def _running_sums(values: Tensor, masks: ChunkMasks | None) -> Tensor:
-    """Sums of ``values`` (B, C, H, Q) over each chunk up to each token, starting afresh with each document.
+def _decays(log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Decay (..., Q, Q) from each token of a chunk to each later one, one on the diagonal and zero above it.
 
-    A sum that ran on would be rounded by what another document holds: a leak, if a faint one. The sums are built by
-    doubling, and not by a product with the masks, which a GPU may compute in TF32.
+    Written as the difference of two running sums, a weak decay after a strong one keeps only the digits that the strong
+    one left. Blocks are therefore joined two by two, as in ``gla._scores``: what decays from the left block to the
+    right one is the product of the decay until their border and since it. Both are sums over the stretch itself, so
+    nothing cancels, no exponent is above zero, and no pair of one document feels what another holds. Also returns the
+    sums (..., Q) of ``log_decay`` (..., Q) since the chunk's start, and after each token until its end.
     """
-    if masks is None:
-        return values.cumsum(-1)
-    shift = 1
-    while shift < values.shape[-1]:
-        same = masks.pairs.diagonal(-shift, -2, -1)[:, :, None]
-        values = values + functional.pad(values[..., :-shift] * same, (shift, 0))
-        shift *= 2
-    return values
+    decay = torch.ones_like(log_decay)[..., None, None]  # (..., Q, 1, 1): blocks of one token
+    since = log_decay[..., None]  # (..., Q, 1): sum from the block's first token to this one, both included
+    until = torch.zeros_like(since)  # sum from the token after this one to the block's last
+    while decay.shape[-3] > 1:
+        (since_left, since_right), (until_left, until_right) = (
+            part.unflatten(-2, (-1, 2)).unbind(-2) for part in (since, until)
+        )
+        left, right = decay.unflatten(-3, (-1, 2)).unbind(-3)
+        lower = since_right.exp()[..., None] * until_left.exp()[..., None, :]
+        decay = torch.cat([functional.pad(left, (0, left.shape[-1])), torch.cat([lower, right], -1)], -2)
+        since = torch.cat([since_left, since_right + since_left[..., -1:]], -1)
+        until = torch.cat([until_left + since_right[..., -1:], until_right], -1)
+    return decay.squeeze(-3), since.squeeze(-2), until.squeeze(-2)
 
 
 def _by_group(tensor: Tensor, groups: int) -> Tensor:

@@ -5,9 +5,17 @@ B batch, T time, C chunks, Q tokens a chunk, H heads.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+
+def block_size(time: int, chunk_size: int) -> int:
+    """The largest power of two up to ``chunk_size`` that does not pad a short sequence beyond need."""
+    largest = 2 ** int(math.log2(chunk_size))
+    return min(largest, max(1, 2 ** math.ceil(math.log2(time))))
 
 
 def into_chunks(tensor: Tensor, chunk_size: int) -> Tensor:

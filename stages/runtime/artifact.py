@@ -24,6 +24,7 @@ from pydantic import BaseModel
 
 from model.spec import ModelSpec
 from stages.runtime.manifest import write_atomic
+from stages.runtime.scrub import scrub
 
 FORMAT = 1
 RECORD = "stage.json"
@@ -32,6 +33,22 @@ ROOT = Path(__file__).resolve().parents[2]
 
 _PACKAGES = ("pedigree-lm", "torch", "deepspeed", "transformers", "tokenizers", "datatrove", "numpy", "wandb")
 _TAIL_BYTES = 1 << 16
+
+
+_COMPARED = (
+    "state",
+    "stage",
+    "kind",
+    "key",
+    "identity",
+    "extension",
+    "parents",
+    "output_digest",
+    "host",
+    "pid_started",
+)
+"""Fields by which later runs know an artifact. A recipe with a secret is refused, so they hold none; what happens to
+equal a value of the environment must not break the chain."""
 
 
 class ArtifactError(ValueError):
@@ -108,8 +125,12 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 
 
 def write_record(directory: Path, record: Mapping[str, Any]) -> None:
-    """Replace the artifact's ``stage.json`` durably; a reader sees the old one or the new one, never a part."""
-    text = json.dumps({**record, "updated_at": now()}, indent=1, allow_nan=False, default=str)
+    """Replace the artifact's ``stage.json`` durably; a reader sees the old one or the new one, never a part.
+
+    Secrets are taken out of all that is not compared or followed by a later run.
+    """
+    told = scrub({name: value for name, value in record.items() if name not in _COMPARED})
+    text = json.dumps({**record, **told, "updated_at": now()}, indent=1, allow_nan=False, default=str)
     write_atomic(directory / RECORD, f"{text}\n".encode())
 
 
@@ -170,14 +191,18 @@ def last_events(directory: Path) -> dict[str, dict[str, Any]]:
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
         lines = file.read().splitlines()
-    rows: dict[str, dict[str, Any]] = {}
+    rows: list[dict[str, Any]] = []
     for line in lines:
         try:
             row = json.loads(line)
-            rows[row["event"]] = row
+            event, step = row["event"], row["step"]
         except (ValueError, KeyError, TypeError):
             continue
-    return rows
+        if event == "resume":
+            # What stood above is of a future that was lost.
+            rows = [earlier for earlier in rows if earlier["step"] <= step]
+        rows.append(row)
+    return {row["event"]: row for row in rows}
 
 
 def reached_step(directory: Path, record: Mapping[str, Any] | None = None) -> int | None:

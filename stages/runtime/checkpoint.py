@@ -142,7 +142,8 @@ class CheckpointStore:
         of a shorter run); None then also means that there are only such.
 
         Raises:
-            CheckpointError: when there are checkpoints but none verifies; starting over is the user's decision.
+            CheckpointError: when there are checkpoints and not one verifies, accepted or not; starting over is then the
+                user's decision.
         """
         found = distributed.on_rank_zero(lambda: self._newest_verified(accept))
         return None if found is None else (found[0], self.path(found[0]), found[1])
@@ -265,7 +266,8 @@ class CheckpointStore:
     def _newest_verified(
         self, accept: Callable[[int, dict[str, Any]], bool] | None = None
     ) -> tuple[int, dict[str, Any]] | None:
-        faults = []
+        faults: list[str] = []
+        whole = 0
         for step in reversed(self.steps()):
             try:
                 assert_own(self.path(step), self.directory.parent)
@@ -274,20 +276,26 @@ class CheckpointStore:
             except CheckpointError as error:
                 faults.append(str(error))
                 continue
+            whole += 1
             if accept is not None and not accept(step, state):
                 logger.info("%s belongs to another course of this run and is passed over", self.path(step).name)
                 continue
-            for fault in faults:
-                logger.warning("checkpoint passed over: %s", fault)
+            _warn_of(faults)
             if faults:
                 logger.warning("falling back to %s, the newest checkpoint that verifies", self.path(step).name)
             return step, state
-        if faults:
+        if faults and not whole:
             raise CheckpointError(
                 f"no checkpoint in {self.directory} can be trusted: {' | '.join(faults)}; restore one from a copy, "
                 "or delete that folder to start from step 0"
             )
+        _warn_of(faults)
         return None
+
+
+def _warn_of(faults: list[str]) -> None:
+    for fault in faults:
+        logger.warning("checkpoint passed over: %s", fault)
 
 
 def _state_bytes(step: int, state: dict[str, Any]) -> bytes:

@@ -9,23 +9,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from stages.runtime.scrub import environment_secrets, scrub_text
+
 ROOMS = ("pipelines", "stages", "model", "data")
 
 
 class _Tee:
-    """A text stream that also writes to a file, and outlives it: libraries keep the stream they saw first."""
+    """A text stream that also writes to a file, and outlives it: libraries keep the stream they saw first.
+
+    Neither gets to see a secret of the environment (TRAPS O6).
+    """
 
     def __init__(self, stream: TextIO, file: TextIO) -> None:
         self._stream = stream
         self._file = file
+        self._secrets = environment_secrets()
 
     def write(self, text: str) -> int:
+        said = scrub_text(text, self._secrets)
         if not self._file.closed:
             # A full disk must not kill the run through its console; stage.json and metrics.jsonl report it.
             with contextlib.suppress(OSError):
-                self._file.write(text)
+                self._file.write(said)
                 self._file.flush()
-        return self._stream.write(text)
+        self._stream.write(said)
+        return len(text)
 
     def flush(self) -> None:
         self._stream.flush()

@@ -7,14 +7,19 @@ gloo on the host even on GPU machines: a step boundary then never waits for the 
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import os
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
+
+from stages.base import StopRequested
 
 T = TypeVar("T")
 
@@ -24,7 +29,8 @@ TIMEOUT = timedelta(minutes=30)
 STOP_FILE = "STOP"
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_EARLY_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (*_EARLY_SIGNALS, signal.SIGINT)
 _REASONS = ("", "SIGTERM", "SIGUSR1", "SIGINT", "a file STOP", "the launcher's death")
 
 logger = logging.getLogger(__name__)
@@ -181,13 +187,85 @@ def _rebuilt(kind: type[Exception], text: str) -> Exception:
         return RuntimeError(f"rank 0: {kind.__name__}: {text}")
 
 
+@dataclasses.dataclass
+class _Early:
+    """What became of this process before a ``StopWatch`` looks: one process, one launcher, one set of handlers."""
+
+    ancestors: list[int] | None = None
+    reason: int = 0
+
+
+_early = _Early()
+
+
+@contextlib.contextmanager
+def note_launcher() -> Iterator[None]:
+    """From the first moment on, remember who launched this process and whether it was asked to stop.
+
+    A launcher can die long before training begins, while data stages run or the engine is built; whoever adopts its
+    ranks must not be taken for it (TRAPS O7). Inside, SIGTERM and SIGUSR1 only set a flag, which ``stop_if_asked``
+    reads and a ``StopWatch`` takes over; what runs inside may set handlers of its own. Use from the main thread; from
+    another one signals stay as they are.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    # Before the ancestors are read, so that a death in between is seen as a change or as a signal.
+    old = {number: signal.signal(number, _on_early_signal) for number in _EARLY_SIGNALS} if in_main else {}
+    _early.ancestors, _early.reason = _watched_ancestors(), 0
+    try:
+        yield
+    finally:
+        _early.ancestors, _early.reason = None, 0
+        _restore(old)
+
+
+def launcher_died() -> bool:
+    """Whether a process above this one is gone since ``note_launcher``, or was already; never without a launcher."""
+    return _was_orphaned() or _is_gone(_early.ancestors)
+
+
+def stop_if_asked() -> None:
+    """Raise ``StopRequested`` when this rank was asked to stop, or lost its launcher, since ``note_launcher``."""
+    if not _early.reason and launcher_died():
+        _early.reason = _REASONS.index("the launcher's death")
+    if _early.reason:
+        raise StopRequested(_REASONS[_early.reason])
+
+
+def _on_early_signal(number: int, frame: FrameType | None) -> None:
+    _early.reason = _early.reason or _REASONS.index(signal.Signals(number).name)
+
+
+def _watched_ancestors() -> list[int]:
+    """The launcher's processes, whose death is from now on a change that ``_is_gone`` sees, or SIGTERM."""
+    ancestors = _launcher_processes() if _is_launched() else []
+    if ancestors:
+        # The parent may be dead by now and never signal: what was read above differs from what is read later.
+        _signal_on_parent_death(signal.SIGTERM)
+    return ancestors
+
+
+def _was_orphaned() -> bool:
+    # The deepspeed launcher starts its ranks from a child of its own, which is never the machine's first process.
+    return "LOCAL_SIZE" in os.environ and _is_launched() and os.getppid() == 1
+
+
+def _is_gone(ancestors: list[int] | None) -> bool:
+    return bool(ancestors) and _launcher_processes()[: len(ancestors or [])] != ancestors
+
+
+def _restore(handlers: dict[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        # None stands for a handler that was not set from Python and cannot be set again.
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
 class StopWatch:
     """Knows whether the run was asked to stop: SIGTERM, SIGUSR1, SIGINT, a file ``STOP``, or the launcher's death.
 
     Signals only set a flag, which the loop reads at step boundaries, so that a save is never cut short. A second SIGINT
     interrupts at once, for a person at a terminal. Under a launcher the processes above this one are watched: the
     deepspeed launcher can die and leave its ranks running (TRAPS O7). Without a launcher they are not, since a run
-    started in the background should outlive its shell.
+    started in the background should outlive its shell. What ``note_launcher`` noticed before counts.
 
     ``directory`` is the artifact in which rank 0 looks for ``STOP``. Use from the main thread; ``close`` (or ``with``)
     gives the old signal handlers back.
@@ -199,9 +277,9 @@ class StopWatch:
         self._agreed = False
         # Before the ancestors are read, so that a death in between is seen as a change or as a signal.
         self._old = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
-        self._ancestors = _launcher_processes() if _is_launched() else []
-        if self._ancestors:
-            _signal_on_parent_death(signal.SIGTERM)
+        # A request that came before our handlers was counted by the early ones.
+        self._reason = self._reason or _early.reason
+        self._ancestors = _watched_ancestors() if _early.ancestors is None else _early.ancestors
 
     @property
     def requested(self) -> bool:
@@ -209,7 +287,7 @@ class StopWatch:
         if not self._reason:
             if rank() == 0 and self._file.exists():
                 self._reason = _REASONS.index("a file STOP")
-            elif self._ancestors and _launcher_processes()[: len(self._ancestors)] != self._ancestors:
+            elif _is_gone(self._ancestors):
                 self._reason = _REASONS.index("the launcher's death")
         return bool(self._reason)
 
@@ -235,9 +313,7 @@ class StopWatch:
 
     def close(self) -> None:
         """Give the signal handlers back that were there before."""
-        for number, handler in self._old.items():
-            # None stands for a handler that was not set from Python and cannot be set again.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        _restore(self._old)
         self._old = {}
 
     def __enter__(self) -> StopWatch:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import shutil
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 
+from data.corpus import CorpusError
+from data.errors import DataError
+from data.fetch import FetchError
 from stages.base import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_SAVED, ConfigError, StopRequested
 from stages.runtime.artifact import ArtifactError
 from stages.runtime.manifest import CheckpointError
+from stages.runtime.scrub import environment_secrets, scrub_text
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Ending:
     """How a run ended: ``lines`` for the console, ``error`` the one line for ``stage.json``.
 
@@ -35,7 +39,27 @@ DONE = Ending("done", EXIT_DONE, [], None, "", True)
 
 
 def ending_of(error: BaseException, name: str, directory: Path) -> Ending:
-    """The ending that ``error``, raised by stage ``name`` in ``directory``, amounts to."""
+    """The ending that ``error``, raised by stage ``name`` in ``directory``, amounts to; no secret is left in it.
+
+    What the user gave is at fault in ``ConfigError`` and ``DataError`` alone: a plain ``ValueError`` may come from any
+    library, and is a failure like others.
+    """
+    ending = _ending(error, name, directory)
+    secrets = environment_secrets()
+    return dataclasses.replace(
+        ending,
+        lines=[scrub_text(line, secrets) for line in ending.lines],
+        error=None if ending.error is None else scrub_text(ending.error, secrets),
+        traceback=scrub_text(ending.traceback, secrets),
+    )
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether what the user gave was refused."""
+    return isinstance(error, ConfigError | DataError)
+
+
+def _ending(error: BaseException, name: str, directory: Path) -> Ending:
     if isinstance(error, StopRequested):
         reason = f" ({error})" if str(error) else ""
         line = f"{name}: saved{reason}; the same command goes on from here"
@@ -43,14 +67,15 @@ def ending_of(error: BaseException, name: str, directory: Path) -> Ending:
     if isinstance(error, ConfigError):
         lines = [f"{_full_path(name, fault.path)}: {fault.message}" for fault in error.faults]
         return Ending("failed", EXIT_CONFIG, lines, "; ".join(lines), "", True)
-    # By house rule a plain ValueError is about what the user gave; its subclasses from libraries are not.
-    is_input = type(error) is ValueError
-    plain = str(error) if is_input else _plain_text(error, directory)
+    if isinstance(error, DataError):
+        lines = [_one_line(f"{_full_path(name, field)}: {message}") for field, message in error.faults]
+        return Ending("failed", EXIT_CONFIG, lines, "; ".join(lines), "", True)
+    plain = _plain_text(error, directory)
     line = _one_line(plain if plain is not None else f"{type(error).__name__}: {error}")
     return Ending(
         state="failed",
-        code=EXIT_CONFIG if is_input else EXIT_FAILED,
-        lines=[f"{name} failed: {line}" + (f"; the traceback is in {directory / 'log.txt'}" if is_input else "")],
+        code=EXIT_FAILED,
+        lines=[f"{name} failed: {line}"],
         error=line,
         traceback="".join(traceback.format_exception(error)),
         quiet=plain is not None,
@@ -65,7 +90,7 @@ def _full_path(name: str, path: str) -> str:
 
 def _plain_text(error: BaseException, directory: Path) -> str | None:
     """A line for faults whose traceback helps nobody, or None."""
-    if isinstance(error, CheckpointError | ArtifactError):
+    if isinstance(error, CheckpointError | ArtifactError | CorpusError | FetchError):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted from the keyboard; the same command goes on from the newest checkpoint"

@@ -11,6 +11,7 @@ import dataclasses
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -32,9 +33,9 @@ from stages.base import (
 )
 from stages.runtime import artifact, distributed
 from stages.runtime.artifact import ArtifactError, Job
-from stages.runtime.checkpoint import seal, verify_manifest
+from stages.runtime.checkpoint import CheckpointError, seal, verify_manifest
 from stages.runtime.console import copied_to
-from stages.runtime.faults import DONE, Ending, ending_of
+from stages.runtime.faults import DONE, Ending, ending_of, is_refusal
 from stages.runtime.lock import ArtifactBusyError, hold
 from stages.runtime.tracking import open_tracker
 
@@ -99,17 +100,31 @@ def _attempt(
     except BaseException as error:
         ending = ending_of(error, job.name, job.directory)
         _report(ending, log)
+        if is_refusal(error) and previous is not None and previous["state"] != "failed":
+            return _refused(job, previous, tracker, ending)
         record.update(error=ending.error, step=artifact.reached_step(job.directory, previous))
     record["elapsed_s"] = round(record["elapsed_s"] + time.monotonic() - started, 3)
     return _close(job, record, tracker, ending)
 
 
+def _refused(job: Job, previous: Mapping[str, Any], tracker: Any, ending: Ending) -> int:
+    """Put back the record of a run that is as good as before: a command was refused, nothing has failed."""
+    artifact.write_record(job.directory, previous)
+    if tracker is not None:
+        _finish_tracker(tracker, previous["state"])
+    return ending.code
+
+
 def follow(stage: Stage, job: Job, around: Surroundings) -> int:
     """Carry out ``job`` as any other rank: run the stage, write nothing, say only what went wrong here."""
+    record = artifact.read_record(job.directory) or {}
     try:
-        _run(stage, _context(stage, job, around, _open_tracker(job, around), artifact.read_record(job.directory) or {}))
+        _run(stage, _context(stage, job, around, _open_tracker(job, around), record))
     except BaseException as error:
         ending = ending_of(error, job.name, job.directory)
+        if is_refusal(error) and record.get("host") == socket.gethostname():
+            # Every rank of this machine is given the same, and rank 0 says it.
+            return ending.code
         if ending.state == "failed":
             for line in [*ending.lines, ending.traceback]:
                 print(f"rank {distributed.rank()}: {line}\n" if line else "", end="", file=sys.stderr)
@@ -174,7 +189,11 @@ def _verified_parents(stage: Stage, job: Job, previous: Mapping[str, Any] | None
         record = artifact.read_record(link.path)
         if record is None or record["state"] != "done" or record["key"] != link.key:
             raise ArtifactError(f"parent {link.stage} in {link.path} is not done; run it first")
-        digests[name] = verify_manifest(link.path / "output")
+        try:
+            digests[name] = verify_manifest(link.path / "output")
+        except CheckpointError as error:
+            again = f"restore it, or make it anew: rm -r {artifact.shown(link.path)}, then run stage {link.stage}"
+            raise CheckpointError(f"parent {link.stage} is damaged: {error}; {again}") from error
         if digests[name] != record["output_digest"]:
             raise ArtifactError(
                 f"parent {link.stage}: the output in {link.path} is not the one that its {artifact.RECORD} names; "

@@ -22,6 +22,9 @@ from stages.runtime.engine import TrainingEngine
 from stages.runtime.guards import GuardConfig, StepGuard
 from stages.runtime.progress import Progress
 
+FINAL_LOSS_STEPS = 50
+"""Applied steps over which the final loss is the mean; fixed, so that no logging cadence shows in a sealed output."""
+
 
 class LoopSettings(NamedTuple):
     """What the loop needs of a stage's config; 0 for a cadence means never."""
@@ -34,6 +37,8 @@ class LoopSettings(NamedTuple):
     checkpoint_every_steps: int
     pin_at_step: int | None
     log_every_steps: int
+    checkpoint_bytes: int
+    """Size of one checkpoint, all ranks together; a save is refused before it begins when the disk has less."""
 
 
 @dataclasses.dataclass
@@ -46,10 +51,25 @@ class TrainState:
     """Mean loss a token of the last steps that were logged together, nats."""
     loss_sum: float = 0.0
     loss_count: int = 0
+    recent_losses: list[float] = dataclasses.field(default_factory=list)
+    """Losses a token of the last ``FINAL_LOSS_STEPS`` applied steps, oldest first, nats."""
     best_bpb: float | None = None
     best_step: int | None = None
     seconds: float = 0.0
     weights_before: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def final_loss(self) -> float:
+        """Mean of ``recent_losses``; NaN before any step was applied."""
+        losses = self.recent_losses
+        return math.fsum(losses) / len(losses) if losses else math.nan
+
+    def apply(self, loss: float, n_tokens: int) -> None:
+        """Count a step whose update was applied."""
+        self.supervised_tokens += n_tokens
+        self.loss_sum += loss
+        self.loss_count += 1
+        self.recent_losses = [*self.recent_losses, loss][-FINAL_LOSS_STEPS:]
 
 
 class TrainLoop:
@@ -95,9 +115,12 @@ class TrainLoop:
         """Train to the end and save there.
 
         Raises:
-            StopRequested: on all ranks, after a save at a step boundary.
+            StopRequested: on all ranks, after a save at a step boundary, or before the first step.
             TooManySkippedSteps: when the guard gives up.
         """
+        if self.watch.agreed():
+            # Nothing to save: what stands here is a checkpoint's content, or what the recipe makes anew.
+            raise StopRequested(f"at step {self.state.step}, asked to stop by {self.watch.reason}")
         self.progress.resume_clock()
         while self.state.step < self.settings.max_steps:
             with _one_line_when_out_of_memory(self.settings.micro_batch_size):
@@ -113,7 +136,8 @@ class TrainLoop:
         content = {"train": dataclasses.asdict(self.state), "guard": self.guard.state(), **self.facts}
         # What a checkpoint says happened must be on disk before it: a resume goes by both.
         self.tracker.flush()
-        path = self.store.save(step, self.engine.save, content, pin=step == self.settings.pin_at_step)
+        pin, size = step == self.settings.pin_at_step, self.settings.checkpoint_bytes
+        path = self.store.save(step, self.engine.save, content, pin=pin, expected_bytes=size)
         self.tracker.log_checkpoint(step, path)
         self._saved_step = step
         self.progress.saved()
@@ -137,9 +161,7 @@ class TrainLoop:
         grad_norm, reason = self.engine.step(lr, lambda norm: self.guard.judge(loss, norm))
         self.state.step += 1
         if reason is None:
-            self.state.supervised_tokens += n_tokens
-            self.state.loss_sum += loss
-            self.state.loss_count += 1
+            self.state.apply(loss, n_tokens)
         seconds = time.monotonic() - started
         self.state.seconds += seconds
         self.progress.count(seconds)
@@ -178,7 +200,6 @@ class TrainLoop:
             paused = True
         if self.watch.agreed():
             self.save()
-            distributed.barrier()
             raise StopRequested(f"saved at step {step}, asked to stop by {self.watch.reason}")
         if paused:
             self.progress.resume_clock()

@@ -63,11 +63,6 @@ def verify_manifest(directory: Path) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def manifest_digest(directory: Path) -> str:
-    """The manifest's SHA-256, as ``write_manifest`` returned it, without hashing the files that it lists."""
-    return hashlib.sha256(_read_manifest(directory)).hexdigest()
-
-
 def manifest_size_bytes(directory: Path) -> int:
     """Sum of the sizes that the manifest lists, without hashing anything; 0 when there is no readable manifest."""
     try:
@@ -80,7 +75,7 @@ def seal(temporary: Path, final: Path) -> str:
     """Make ``temporary`` durable and whole, then rename it to ``final``; returns the manifest's SHA-256.
 
     Order: fsync files, write manifest, fsync directories, rename, fsync the parent. A crash leaves either no ``final``
-    or a whole one. An older ``final`` (a run that was extended) gives way.
+    or a whole one. An older ``final`` (a run that was extended) gives way; what a crash left of an even older one goes.
 
     Raises:
         CheckpointError: when ``temporary`` is no directory, holds something else than files, or cannot be written.
@@ -90,22 +85,34 @@ def seal(temporary: Path, final: Path) -> str:
     sync_files(temporary)
     digest = write_manifest(temporary)
     sync_directories(temporary)
+    # Swept even where there is no ``final``: a crash between the two renames leaves exactly that.
+    doomed = _doomed(final)
+    _remove(doomed)
     if final.exists():
         # No portable call swaps two directories; a crash right here costs a stage's re-seal, never a checkpoint.
-        discard(final)
+        os.rename(final, doomed)
     os.rename(temporary, final)
     sync_directory(final.parent)
+    _remove(doomed)
     return digest
 
 
 def discard(directory: Path) -> None:
     """Delete a directory so that a crash leaves a ``.tmp`` to sweep, never half of it under its old name."""
-    doomed = directory.with_name(f"{directory.name}.removed.tmp")
-    if doomed.exists():
-        shutil.rmtree(doomed)
+    doomed = _doomed(directory)
+    _remove(doomed)
     os.rename(directory, doomed)
     sync_directory(directory.parent)
-    shutil.rmtree(doomed)
+    _remove(doomed)
+
+
+def _doomed(directory: Path) -> Path:
+    return directory.with_name(f"{directory.name}.removed.tmp")
+
+
+def _remove(directory: Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from data import baselines
+from data.errors import DataError
 from data.heldout import HeldoutSet
 from data.loader import MixtureLoader
 from model import cost, init
@@ -26,12 +27,15 @@ from stages.runtime.engine import TrainingEngine, prepare_environment
 from stages.runtime.evaluation import evaluate
 from stages.runtime.guards import StepGuard
 from stages.runtime.loop import LoopSettings, TrainLoop
+from stages.runtime.manifest import MANIFEST
 from stages.runtime.optimizer import adamw, embedding_parameters, parameter_groups
 from stages.runtime.progress import Progress, peak_flops
 from stages.runtime.schedule import lr_at, same_path
 
 CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation.json"
+OF_THE_COURSE = frozenset({"tokens_per_s", "best_bpb", "best_step"})
+"""Metrics that depend on how the run went along; ``stage.json`` has them, the sealed output does not."""
 
 
 class Pretraining:
@@ -49,11 +53,12 @@ class Pretraining:
         prepare_environment()
         transformers.utils.logging.disable_progress_bar()
         distributed.init_process_group()
-        with _faults_of(self.context.name):
-            self._check_engine()
-            self._open_data()
-        self._build()
+        # Data and engine take minutes at full size: a request meanwhile is honoured before the first step.
         with distributed.StopWatch(self.context.directory) as watch:
+            with _faults_of(self.context.name):
+                self._check_engine()
+                self._open_data()
+            self._build()
             loop = self._loop(watch)
             with _faults_of(self.context.name):
                 self._resume(loop)
@@ -90,6 +95,8 @@ class Pretraining:
             )
             self.mixture = self.loader.plan(config.max_steps)
             self.heldout = HeldoutSet(folder)
+        except DataError as error:
+            raise ConfigError([Fault(field or "data", message) for field, message in error.faults]) from error
         except ValueError as error:
             raise ConfigError(Fault("data", str(error))) from error
         self.unigram = np.load(folder / "unigram.npy")
@@ -139,6 +146,7 @@ class Pretraining:
             checkpoint_every_steps=config.checkpoint_every_steps,
             pin_at_step=settings.pin_step(config),
             log_every_steps=config.log_every_steps,
+            checkpoint_bytes=cost.checkpoint_bytes(self.spec, zero_stage=self.engine.zero_stage),
         )
         return TrainLoop(
             loop_settings,
@@ -192,6 +200,7 @@ class Pretraining:
         loop.store.set_aside_after(step)
         self.engine.load(folder)
         loop.restore(saved, self.config.guards)
+        loop.progress.saved(max(0.0, time.time() - (folder / MANIFEST).stat().st_mtime))
         self.context.tracker.resume(step)
         loop.progress.say(f"resumed from step {step}")
 
@@ -251,7 +260,7 @@ class Pretraining:
         record = TrainingRecord(
             steps_applied=loop.guard.taken,
             supervised_tokens=loop.state.supervised_tokens,
-            loss=loop.state.loss,
+            loss=loop.state.final_loss,
             weights_before=loop.state.weights_before,
             weights_after=self.engine.fingerprint(),
             evaluation=evaluation,
@@ -265,19 +274,20 @@ class Pretraining:
         return StageResult(metrics, self._summary(metrics))
 
     def _metrics(self, loop: TrainLoop, evaluation: dict[str, Any], record: TrainingRecord) -> dict[str, Any]:
+        """``tokens`` are those of applied steps; ``tokens_per_s`` counts skipped ones too, which cost as much."""
         state, guard, config = loop.state, loop.guard, self.config
-        tokens = config.max_steps * config.global_batch_size * config.seq_len
+        step_tokens = config.global_batch_size * config.seq_len
         return {
-            "final_loss_nats_per_token": state.loss,
+            "final_loss_nats_per_token": state.final_loss,
             "final_lr": self._lr(config.max_steps - 1),
             **evaluation,
             **distributed.on_rank_zero(self._yardsticks),
             "best_bpb": state.best_bpb,
             "best_step": state.best_step,
             "steps": state.step,
-            "tokens": tokens,
+            "tokens": guard.taken * step_tokens,
             "supervised_tokens": state.supervised_tokens,
-            "tokens_per_s": tokens / state.seconds if state.seconds else 0.0,
+            "tokens_per_s": state.step * step_tokens / state.seconds if state.seconds else 0.0,
             "skipped_steps": guard.skipped,
             "skipped_nonfinite": guard.skipped_nonfinite,
             "skipped_spike": guard.skipped_spike,
@@ -296,8 +306,9 @@ class Pretraining:
         return found
 
     def _write_evaluation(self, metrics: dict[str, Any]) -> None:
-        # Speed is no property of the weights: two identical runs must have one digest.
-        metrics = {name: value for name, value in metrics.items() if name != "tokens_per_s"}
+        # Speed, and the best of the evaluations asked for, are no property of the weights: runs that differ in
+        # operational fields alone must have one digest.
+        metrics = {name: value for name, value in metrics.items() if name not in OF_THE_COURSE}
         text = json.dumps({"heldout_hash": self.heldout.hash, "metrics": metrics}, indent=1, allow_nan=False)
         (self.context.output / EVALUATION).write_text(text + "\n", encoding="utf-8")
 

@@ -58,9 +58,9 @@ class Progress:
         self._tokens += self.tokens_per_step
         self._steps += 1
 
-    def saved(self) -> None:
-        """Note that a checkpoint was just written."""
-        self._saved_at = time.monotonic()
+    def saved(self, age_s: float = 0.0) -> None:
+        """Note that a checkpoint was written ``age_s`` seconds ago."""
+        self._saved_at = time.monotonic() - age_s
 
     def figures(self, step: int) -> dict[str, float]:
         """``tokens_per_s``, ``eta_s``, ``checkpoint_age_s`` and ``mfu`` where they are known, since the last call."""

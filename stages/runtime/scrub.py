@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 REDACTED = "[redacted]"
@@ -84,19 +84,3 @@ def scrub_argv(argv: Iterable[str], secrets: Iterable[str] | None = None) -> lis
             kept.append(scrub_text(word, known))
         hide_next = flag is not None and not separator and is_secret_name(name)
     return kept
-
-
-def find_secrets(value: Any, path: str = "") -> Iterator[str]:
-    """Dotted paths of the values that ``scrub`` would redact for their name or shape: a recipe with any is refused."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            where = f"{path}.{key}" if path else str(key)
-            if is_secret_name(str(key)) and isinstance(item, str) and item:
-                yield where
-            else:
-                yield from find_secrets(item, where)
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from find_secrets(item, f"{path}.{index}" if path else str(index))
-    elif isinstance(value, str) and scrub_text(value, ()) != value:
-        yield path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from model.spec import ModelSpec
@@ -18,15 +20,51 @@ def faults(config: Any, model: ModelSpec | None) -> list[Fault]:
     elif config.seq_len > model.max_seq_len:
         message = f"must be at most model.max_seq_len {model.max_seq_len}; got {config.seq_len}; set one or the other"
         found.append(Fault("seq_len", message))
-    if config.micro_batch_size > config.global_batch_size:
-        message = f"must be at most global_batch_size {config.global_batch_size}; got {config.micro_batch_size}"
-        found.append(Fault("micro_batch_size", f"{message}; set {config.global_batch_size} or less"))
+    if config.global_batch_size % config.micro_batch_size:
+        # What divides the rows of a rank divides those of all ranks, so no number of ranks could do.
+        allowed = [size for size in range(1, config.global_batch_size + 1) if config.global_batch_size % size == 0]
+        message = f"must divide global_batch_size {config.global_batch_size}; got {config.micro_batch_size}"
+        found.append(Fault("micro_batch_size", f"{message}; set one of {allowed}"))
     for source, weight in (config.mixture or {}).items():
         if weight < 0:
             found.append(Fault(f"mixture.{source}", f"must be 0 or more; got {weight}; set its share of tokens"))
     if config.rewarm and config.from_ is None:
         found.append(Fault("rewarm", "means something with `from` only; got true and no `from`; remove it"))
     return found + _engine_faults(config)
+
+
+def device_faults(config: Any, world_size: int | None, has_gpu: bool | None) -> list[Fault]:
+    """What of a training config does not fit ``world_size`` ranks, or a machine without GPUs; None asks neither."""
+    facts = ds_config.engine_facts(config.deepspeed)
+    found = ds_config.combination_faults(facts, name=config.deepspeed, compile_model=config.compile, has_gpu=has_gpu)
+    if world_size is None:
+        return found
+    try:
+        ds_config.accumulation_steps(
+            global_batch_size=config.global_batch_size,
+            micro_batch_size=config.micro_batch_size,
+            world_size=world_size,
+        )
+    except ConfigError as error:
+        found += error.faults
+    return found
+
+
+def mixture_faults(mixture: Mapping[str, float] | None, sources: Sequence[str]) -> list[Fault]:
+    """Weights of sources that are not there, and sources that have no weight."""
+    if mixture is None:
+        return []
+    found = []
+    for name in mixture:
+        if name not in sources:
+            near = difflib.get_close_matches(name, sources, n=1, cutoff=0)[0]
+            message = f"must name one of the data's sources {', '.join(sources)}; did you mean {near}?"
+            found.append(Fault(f"mixture.{name}", message))
+    for name in sources:
+        if name not in mixture:
+            message = "must give every source its weight; got none; set it, 0 leaves it out"
+            found.append(Fault(f"mixture.{name}", message))
+    return found
 
 
 def plan(config: Any, model: ModelSpec | None, world_size: int) -> dict[str, Any]:

@@ -24,18 +24,19 @@ def parent_metrics(parent: Path) -> dict[str, Any]:
 
 
 def parent_faults(config: Any, spec: ModelSpec, parents: Mapping[str, Path]) -> list[Fault]:
-    """What of the finished parents (``data``, perhaps ``from_``) does not fit ``config`` and ``spec``; no torch."""
-    info = read_info(parents["data"] / "output")
+    """What of the finished parents (``data``, ``from_`` or both) does not fit ``config`` and ``spec``; no torch."""
+    info = read_info(parents["data"] / "output") if "data" in parents else None
     faults = []
-    try:
-        info.check_model(spec.vocab_size)
-    except ValueError as error:
-        faults.append(Fault("data", str(error)))
+    if info is not None:
+        try:
+            info.check_model(spec.vocab_size)
+        except ValueError as error:
+            faults.append(Fault("data", str(error)))
     if "from_" in parents:
         output = parents["from_"] / "output"
         faults += learning_rate_faults(config, parent_metrics(parents["from_"]).get("final_lr"))
         faults += model_faults(spec, spec_of(output))
-        faults += tokenizer_faults(output, info.tokenizer_digest)
+        faults += [] if info is None else tokenizer_faults(output, info.tokenizer_digest)
     return faults
 
 

@@ -94,6 +94,9 @@ def _write(directory: Path, model: Any, state: dict[str, torch.Tensor], tokenize
     directory.mkdir(parents=True, exist_ok=True)
     # A copy of the dict: save_pretrained empties the one it is given.
     model.save_pretrained(directory, state_dict=dict(state))
+    for path in directory.glob("*.safetensors"):
+        # safetensors writes for the owner alone; a server under another user must be able to read a model.
+        path.chmod((directory / "config.json").stat().st_mode)
     _compare(directory, state, _tied_names(model))
     if tokenizer_dir is not None:
         _copy_tokenizer(tokenizer_dir, directory)
