@@ -198,26 +198,31 @@ def test_no_rank_leaves_before_rank_0_has_written_that_it_saved(tmp_path):  # tr
     assert run_ranks(2, saved_by_a_slow_rank_0, tmp_path) == [(85, "saved")] * 2
 
 
-def test_a_request_while_the_data_is_opened_stops_before_the_first_step(tmp_path, monkeypatch):
+def pretrain_asked_to_stop_while_it_opens_the_data(root: Path) -> tuple[str, int, list[str]]:
+    """What the stage raised, how many signals went past it, and what it logged; in a process of its own."""
     from tiny_run import Log, context, make_tokens
 
     from stages.pretrain import Pretrain
     from stages.runtime.pretraining import Pretraining
 
-    opened, heard = Pretraining._open_data, []
+    opened, heard, log = Pretraining._open_data, [], Log()
 
     def open_data(self):
         os.kill(os.getpid(), signal.SIGTERM)
         opened(self)
 
-    monkeypatch.setattr(Pretraining, "_open_data", open_data)
-    old = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
-    log = Log()
+    Pretraining._open_data = open_data
+    signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     try:
-        with pytest.raises(StopRequested, match="at step 0, asked to stop by SIGTERM"):
-            Pretrain().run(context(tmp_path / "run", make_tokens(tmp_path / "tokens"), tracker=log))
-    finally:
-        signal.signal(signal.SIGTERM, old)
-    assert not heard
-    assert not log.of("train", "lr")
+        Pretrain().run(context(root / "run", make_tokens(root / "tokens"), tracker=log))
+    except StopRequested as request:
+        return str(request), len(heard), [row["event"] for row in log.rows]
+    return "ran on", len(heard), []
+
+
+def test_a_request_while_the_data_is_opened_stops_before_the_first_step(tmp_path):
+    ((said, heard, events),) = run_ranks(1, pretrain_asked_to_stop_while_it_opens_the_data, tmp_path)
+    assert "at step 0, asked to stop by SIGTERM" in said
+    assert heard == 0
+    assert "train" not in events
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
