@@ -226,3 +226,20 @@ def test_a_request_while_the_data_is_opened_stops_before_the_first_step(tmp_path
     assert heard == 0
     assert "train" not in events
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+
+
+def two_runs_with_a_closed_group_between(root: Path) -> list[int]:
+    """Steps of two pretraining runs in one process, each with a process group of its own."""
+    from tiny_run import context, make_tokens
+
+    from stages.pretrain import Pretrain
+
+    tokens, steps = make_tokens(root / "tokens"), []
+    for name in ("first", "second"):
+        steps.append(Pretrain().run(context(root / name, tokens, max_steps=2)).metrics["steps"])
+        distributed.close_process_group()
+    return steps
+
+
+def test_a_closed_process_group_leaves_nothing_to_the_next_one(tmp_path, monkeypatch):
+    assert run_ranks(1, two_runs_with_a_closed_group_between, tmp_path) == [[2, 2]]

@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -104,12 +105,19 @@ def init_process_group(timeout: timedelta = TIMEOUT) -> None:
 
 
 def close_process_group() -> None:
-    """Leave the process group, if there is one, so that the interpreter ends without a complaint."""
+    """Leave the process group, if there is one: the interpreter ends without a complaint, and another can be made."""
     import torch
 
     if torch.distributed.is_initialized():
         _control_groups.clear()
         torch.distributed.destroy_process_group()
+        if "deepspeed" in sys.modules:
+            # DeepSpeed keeps its own references to the groups that are gone, and would use them for a next engine.
+            from deepspeed import comm
+            from deepspeed.utils import groups
+
+            comm.comm.cdb = None
+            groups._WORLD_GROUP = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
 
 def _control() -> Any:
