@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -52,17 +53,18 @@ def render(
         ValueError: if a message is not a role of ``ROLES`` with a string as content, or the template drops a content.
     """
     contents = [_content(number, message) for number, message in enumerate(messages)]
-    template, learned = _fill(tokenizer, [message["role"] for message in messages], add_generation_prompt)
+    roles = tuple(message["role"] for message in messages)
+    template, learned = _fill(tokenizer.chat_template, roles, add_generation_prompt)
     if [int(slot) for slot in _SLOT.findall(template)] != list(range(len(contents))):
         raise ValueError(
             "chat_template must write every message once, in order; it does not; use the tokenizer stage's"
         )
     ids: list[int] = []
     mask: list[int] = []
-    vocabulary, place = tokenizer.get_vocab(), 0
+    specials, place = tokenizer.added_tokens_encoder, 0
     for part in _SPECIAL.split(template):
         if part in SPECIAL_TOKENS:
-            new_ids, flags = [vocabulary[part]], [int(learned[place])]
+            new_ids, flags = [specials[part]], [int(learned[place])]
         else:
             new_ids, flags = _encode_part(tokenizer, part, learned[place : place + len(part)], contents)
         ids += new_ids
@@ -80,14 +82,15 @@ def _content(number: int, message: Mapping[str, str]) -> str:
     return content
 
 
-def _fill(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str], prompt: bool) -> tuple[str, np.ndarray]:
+@functools.lru_cache(maxsize=1024)
+def _fill(chat_template: str, roles: tuple[str, ...], prompt: bool) -> tuple[str, np.ndarray]:
     """The template's output with slots for contents, and a flag for each character: inside a generation block."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     slots = [{"role": role, "content": f"{_OPEN}{number}{_CLOSE}"} for number, role in enumerate(roles)]
     result: Any = render_jinja_template(
         conversations=[slots],
-        chat_template=tokenizer.chat_template,
+        chat_template=chat_template,
         return_assistant_tokens_mask=True,
         add_generation_prompt=prompt,
     )

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from pydantic import ValidationError
 from transformers import PretrainedConfig
 
-from model.spec import ModelSpec
+from model.spec import UNFIT, ModelSpec
 
 # Keys that transformers itself hands over or writes into config.json without declaring a field for them.
 FOREIGN_KEYS = frozenset(
@@ -100,5 +100,8 @@ def _readable(error: ValidationError) -> str:
     lines = []
     for fault in error.errors(include_url=False):
         path = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == UNFIT:
+            lines.append(f"{path}: {fault['msg']}")
+            continue
         lines.append(f"{path}: {fault['msg']}; got {fault['input']!r}" if path else fault["msg"])
     return "\n".join(lines)

@@ -98,7 +98,7 @@ def count_parameters(spec: ModelSpec) -> ParameterCount:
     layers = []
     for word, mixer in zip(spec.layer_words, spec.layer_mixers, strict=True):
         cost = MIXER_COSTS[mixer.mixer]
-        projections = cost.projection_parameters(mixer, spec.d_model)
+        projections = sum(d_in * d_out for d_in, d_out in cost.projections(mixer, spec.d_model).values())
         other = cost.other_parameters(mixer, spec.d_model)
         mlp, norms = 3 * spec.d_model * spec.d_ff, 2 * spec.d_model
         layers.append(LayerCount(word, mixer.mixer, projections, other, mlp, norms))

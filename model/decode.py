@@ -6,7 +6,7 @@ B batch, T time, V vocab_size.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -54,12 +54,15 @@ def generate(
     generator: torch.Generator | None = None,
     prefill_chunk_size: int = 512,
     state_dtype: torch.dtype | None = None,
+    num_return_sequences: int = 1,
 ) -> list[Completion]:
     """Continue each prompt until an end token or ``max_new_tokens``; one ``Completion`` a prompt, in their order.
 
-    Prompts may differ in length; what a prompt gives does not depend on its neighbours, except that sampling draws one
-    number a row and step from ``generator``. Prefill takes ``prefill_chunk_size`` columns at a time, which bounds
-    memory and changes nothing else. ``state_dtype`` is ``HybridCache``'s.
+    With ``num_return_sequences`` each prompt is run once and continued so many times, its completions side by side, as
+    if it had been given so many times. Prompts may differ in length; what a prompt gives does not depend on its
+    neighbours, except that sampling draws one number a row and step from ``generator``. Prefill takes
+    ``prefill_chunk_size`` columns at a time, which bounds memory and changes nothing else.
+    ``state_dtype`` is ``HybridCache``'s.
 
     Raises:
         ValueError: for an empty prompt, an id beyond the embedding, or sampling without a generator.
@@ -69,9 +72,12 @@ def generate(
     input_ids, mask = _left_padded(prompts, model.device)
     cache = HybridCache(state_dtype)
     logits = _prefill(model, input_ids, mask, cache, prefill_chunk_size)
+    if num_return_sequences > 1:
+        cache.batch_repeat_interleave(num_return_sequences)
+        logits = logits.repeat_interleave(num_return_sequences, 0)
     ends = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=model.device)
-    finished = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
-    drawn, logprobs, counts = [], [], torch.zeros(len(prompts), dtype=torch.long, device=model.device)
+    finished = torch.zeros(len(logits), dtype=torch.bool, device=model.device)
+    drawn, logprobs, counts = [], [], torch.zeros(len(logits), dtype=torch.long, device=model.device)
     for _ in range(max_new_tokens):
         token, logprob = draw(logits, sampling, generator)
         drawn.append(token)
@@ -82,6 +88,41 @@ def generate(
             break
         logits = model(token[:, None], past_key_values=cache, logits_to_keep=1).logits[:, -1]
     return _completions(drawn, logprobs, counts.tolist(), finished.tolist())
+
+
+@torch.no_grad()
+def stream(
+    model: HybridForCausalLM,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    eos_token_ids: Collection[int] = (),
+    sampling: Sampling | None = None,
+    generator: torch.Generator | None = None,
+    prefill_chunk_size: int = 512,
+    cache: HybridCache | None = None,
+) -> Iterator[int]:
+    """Continue one prompt, giving each id as soon as it is drawn, the end token included: those of ``generate``.
+
+    A ``cache`` that has taken in the first ids of ``prompt``, in an earlier turn, saves running them again. At every
+    moment it holds the prompt and the ids given before the last one, so that it may serve the next turn.
+
+    Raises:
+        ValueError: as ``generate``, or when the cache leaves nothing of ``prompt`` to run.
+    """
+    sampling, cache = sampling or Sampling(), HybridCache() if cache is None else cache
+    _check([prompt], model.config.vocab_size, sampling, generator)
+    if cache.columns >= len(prompt):
+        raise ValueError(f"field cache must hold fewer than the prompt's {len(prompt)} ids; got {cache.columns}")
+    input_ids, mask = _left_padded([prompt], model.device)
+    logits = _prefill(model, input_ids, mask, cache, prefill_chunk_size)
+    for step in range(max_new_tokens):
+        token, _ = draw(logits, sampling, generator)
+        drawn = int(token)
+        yield drawn
+        if drawn in eos_token_ids or step == max_new_tokens - 1:
+            return
+        logits = model(token[:, None], past_key_values=cache, logits_to_keep=1).logits[:, -1]
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
@@ -136,7 +177,7 @@ def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tupl
 
 
 def _prefill(model: HybridForCausalLM, input_ids: Tensor, mask: Tensor, cache: HybridCache, chunk_size: int) -> Tensor:
-    for start in range(0, input_ids.shape[1], chunk_size):
+    for start in range(cache.columns, input_ids.shape[1], chunk_size):
         end = min(start + chunk_size, input_ids.shape[1])
         outputs = model(input_ids[:, start:end], mask[:, :end], past_key_values=cache, logits_to_keep=1)
     return outputs.logits[:, -1]

@@ -5,6 +5,8 @@ B batch, T time, D d_model, C channels, K taps, H heads, P head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -97,14 +99,25 @@ class CausalConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, 1, taps))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor, layout: Layout, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        layout: Layout,
+        past: Tensor | None = None,
+        kernel: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Convolve ``x`` (B, T, C) after ``past`` (B, K - 1, C), the inputs before it (zeros where none).
 
         Returns the result and the last K - 1 inputs, which are the next call's ``past``. Padding counts as zero input.
+        A ``kernel`` of x, weights (C, K) and bias, both in fp32, takes a call without a past, and returns what it
+        likes: being called in here lets ZeRO-3 gather the weights for it.
         """
         taps, time = self.weight.shape[-1], x.shape[1]
         if layout.valid is not None:
             x = x * layout.valid[:, :, None].to(x.dtype)
+        if kernel is not None:
+            assert past is None, "a kernel starts from nothing"
+            return kernel(x, self.weight.float()[:, 0], self.bias.float()), x[:, time - taps + 1 :]
         start = x.new_zeros(x.shape[0], taps - 1, x.shape[2]) if past is None else past.to(x.dtype)
         padded = torch.cat([start, x], 1)  # (B, K - 1 + T, C)
         weight = self.weight.to(x.dtype)

@@ -83,6 +83,9 @@ class HybridModel(HybridPreTrainedModel):
             past=None if cache is None else cache.columns,
             past_tokens=None if cache is None else cache.tokens,
         )
+        if cache is None:
+            for block in self.layers:
+                cast(Block, block).mixer.prepare(x, layout)
         hidden = [x]
         for index, block in enumerate(self.layers):
             x = block(x, layout, None if cache is None else cache.layer(index, cast(Block, block).mixer.new_state))
@@ -213,10 +216,17 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = HybridCache()
 
 
-def model_backends(model: nn.Module) -> list[str]:
-    """One line a layer: which mixer, and which core computes it."""
+def model_backends(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> list[str]:
+    """One line a layer: which mixer, and what computes it in training where products are in ``dtype``.
+
+    Raises:
+        ValueError: if a layer's config names a kernel that cannot run where the layer is.
+    """
     mixers = [module for module in model.modules() if isinstance(module, Mixer)]
-    return [f"layer {index}: {mixer.spec.mixer} on {mixer.backend}" for index, mixer in enumerate(mixers)]
+    return [
+        f"layer {index}: {mixer.spec.mixer} on {mixer.backend_on(next(mixer.parameters()).device, dtype)}"
+        for index, mixer in enumerate(mixers)
+    ]
 
 
 def register() -> None:

@@ -18,8 +18,8 @@ GLA_BLOCK = 1
 class MixerCost(Protocol):
     """The arithmetic that every mixer must give; ``mixer`` is its spec, ``d_model`` the model's width."""
 
-    def projection_parameters(self, mixer: Any, d_model: int) -> int:
-        """Weights of the linear projections: what autocast runs as matrix products."""
+    def projections(self, mixer: Any, d_model: int) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of each linear projection by its name in the mixer; what autocast runs as products."""
 
     def other_parameters(self, mixer: Any, d_model: int) -> int:
         """Convolution, norms, biases, decays: everything that is not a projection's weight."""
@@ -47,10 +47,10 @@ class Mamba2Cost:
         d_inner = mixer.expand * d_model
         return d_inner, d_inner // mixer.head_dim, d_inner + 2 * mixer.n_groups * mixer.d_state
 
-    def projection_parameters(self, mixer: Mamba2Spec, d_model: int) -> int:
-        """``D (d_inner + C + H)`` in, ``d_inner D`` out, no biases."""
+    def projections(self, mixer: Mamba2Spec, d_model: int) -> dict[str, tuple[int, int]]:
+        """z, x, B, C and dt in, ``d_inner`` out."""
         d_inner, heads, channels = self.sizes(mixer, d_model)
-        return d_model * (d_inner + channels + heads) + d_inner * d_model
+        return {"in_proj": (d_model, d_inner + channels + heads), "out_proj": (d_inner, d_model)}
 
     def other_parameters(self, mixer: Mamba2Spec, d_model: int) -> int:
         """Convolution ``C (taps + 1)``, gated norm ``d_inner``, and A_log, D, dt_bias a head."""
@@ -94,12 +94,14 @@ class Mamba2Cost:
 class GLACost:
     """Gated linear attention: q, k, v, decay gate, output gate, normalised a head, output projection."""
 
-    def projection_parameters(self, mixer: GLASpec, d_model: int) -> int:
+    def projections(self, mixer: GLASpec, d_model: int) -> dict[str, tuple[int, int]]:
         """Queries, keys and decay gate ``H K`` wide, values and output gate ``H P`` wide, output ``H P`` to D."""
-        key, value = mixer.n_heads * mixer.head_k_dim, mixer.n_heads * mixer.head_v_dim
-        rank = mixer.gate_rank
-        gate = d_model * key if rank is None else d_model * rank + rank * key
-        return 2 * d_model * key + gate + 3 * d_model * value
+        key, value, rank = mixer.n_heads * mixer.head_k_dim, mixer.n_heads * mixer.head_v_dim, mixer.gate_rank
+        gate = {"gk_proj": (d_model, key)}
+        if rank is not None:
+            gate = {"gk_proj.0": (d_model, rank), "gk_proj.1": (rank, key)}
+        queries = {"q_proj": (d_model, key), "k_proj": (d_model, key), "v_proj": (d_model, value)}
+        return {**queries, **gate, "g_proj": (d_model, value), "o_proj": (value, d_model)}
 
     def other_parameters(self, mixer: GLASpec, d_model: int) -> int:
         """The decay gate's bias, and the head norm's weight, shared by the heads."""
@@ -142,10 +144,12 @@ class GLACost:
 class AttentionCost:
     """Softmax attention with grouped keys and values."""
 
-    def projection_parameters(self, mixer: AttentionSpec, d_model: int) -> int:
+    def projections(self, mixer: AttentionSpec, d_model: int) -> dict[str, tuple[int, int]]:
         """Queries and output, ``H P`` wide, keys and values, and an output gate as wide as the queries if any."""
-        wide = (3 if mixer.output_gate else 2) * mixer.n_heads
-        return d_model * mixer.head_dim * (wide + 2 * mixer.n_kv_heads)
+        queries, keys = mixer.n_heads * mixer.head_dim, mixer.n_kv_heads * mixer.head_dim
+        gate = {"g_proj": (d_model, queries)} if mixer.output_gate else {}
+        pairs = {"q_proj": (d_model, queries), "k_proj": (d_model, keys), "v_proj": (d_model, keys)}
+        return {**pairs, "o_proj": (queries, d_model), **gate}
 
     def other_parameters(self, mixer: AttentionSpec, d_model: int) -> int:
         """The norms of queries and keys, one weight of ``head_dim`` each, if any."""

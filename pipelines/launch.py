@@ -1,4 +1,4 @@
-"""``--all``: each stage in a process group of its own, watched and reaped; results are read from ``stage.json``.
+"""``--all``: children in process groups of their own, watched and reaped; results are read from ``stage.json``.
 
 The exit code of a launcher is not believed (TRAPS O1): it can be 0 when a rank was killed. ``stage.json`` says what
 became of the stage, and only an attempt that began after the launch counts.
@@ -11,72 +11,39 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
 from pipelines.chain import Chain, Node
+from pipelines.interrupts import Interrupts
 from pipelines.single import CommandFor, needed
-from pipelines.staleness import standing
+from pipelines.staleness import extension_notes, standing
 from stages.base import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_SAVED, ConfigError, Fault
 from stages.runtime import artifact
 from stages.runtime.artifact import ArtifactError, Job, has_gpu
 from stages.runtime.distributed import STOP_FILE
+from stages.runtime.lock import busy
 
 WARDEN = Path(__file__).resolve().parent / "warden.py"
 GRACE_S = 300.0
 """How long a stage may take to save after it was asked to stop, before it is killed."""
 
-Argv = Callable[[Node], Sequence[str]]
-
-
-class Interrupts:
-    """SIGTERM, SIGUSR1 and SIGINT ask the running stage to save and end; a second SIGINT ends it at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._line: int | None = None
-
-    @contextmanager
-    def handled(self) -> Iterator[None]:
-        """Handle the signals inside."""
-        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        old = {number: signal.signal(number, self._on_signal) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-
-    @contextmanager
-    def passed_to(self, line: int) -> Iterator[None]:
-        """Pass requests on by the file descriptor ``line``, one that came before included."""
-        self._line = line
-        if self.requested:
-            self._say(b"stop\n")
-        try:
-            yield
-        finally:
-            self._line = None
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        again = self.requested and number == signal.SIGINT
-        self.requested = True
-        self._say(b"kill\n" if again else b"stop\n")
-
-    def _say(self, word: bytes) -> None:
-        if self._line is not None:
-            with suppress(OSError):
-                os.write(self._line, word)
+Argv = Callable[[Sequence[Node]], Sequence[str]]
 
 
 def run_all(
-    chain: Chain, chosen: Sequence[Node], argv_for: Argv, command_for: CommandFor, grace_s: float = GRACE_S
+    chain: Chain,
+    chosen: Sequence[Node],
+    argv_for: Argv,
+    command_for: CommandFor,
+    grace_s: float = GRACE_S,
+    finish: Callable[[], None] = lambda: None,
 ) -> int:
     """Run what is left to do of ``chosen``, in order, and return the exit code of the first that did not finish.
 
-    ``argv_for`` gives the command that runs one stage alone; ``command_for`` the same for messages.
+    ``argv_for`` gives the command that runs some stages, one after another; ``command_for`` the one for a single stage,
+    for messages. ``finish`` is called last, however the stages ended, while signals are still handled.
 
     Raises:
         ConfigError: before anything runs, when a training stage outside ``chosen`` is needed and not finished.
@@ -84,30 +51,67 @@ def run_all(
     _refuse_gaps(chain, chosen, command_for)
     interrupts = Interrupts()
     with interrupts.handled():
-        for node in chosen:
-            found = standing(node)
-            if found.done:
-                print(f"{node.name}: already done, {artifact.shown(node.job.directory)}", flush=True)
-                continue
-            if interrupts.requested:
-                print(f"{node.name}: not started, asked to stop; the same command goes on from here", flush=True)
-                return EXIT_SAVED
-            print(f"{node.name}: {'; '.join(found.reasons)}", flush=True)
-            code = run_child(node, argv_for(node), interrupts, grace_s)
-            if code != EXIT_DONE:
-                return code
+        try:
+            return _run_left(_left(chosen), argv_for, interrupts, grace_s)
+        finally:
+            finish()
+
+
+def _left(chosen: Sequence[Node]) -> list[Node]:
+    """The nodes that are not done; the others are told."""
+    left = []
+    for node in chosen:
+        if standing(node).done:
+            print(f"{node.name}: already done, {artifact.shown(node.job.directory)}", flush=True)
+        else:
+            left.append(node)
+    return left
+
+
+def _run_left(left: Sequence[Node], argv_for: Argv, interrupts: Interrupts, grace_s: float) -> int:
+    for nodes in together(left):
+        if interrupts.requested:
+            print(f"{nodes[0].name}: not started, asked to stop; the same command goes on from here", flush=True)
+            return EXIT_SAVED
+        for node in nodes:
+            if said := busy(node.job.directory):
+                print(f"{node.name}: {said}", file=sys.stderr)
+                return EXIT_FAILED
+            print(f"{node.name}: {'; '.join(standing(node).reasons)}", flush=True)
+            for note in extension_notes(node):
+                print(f"note: {note}", flush=True)
+        code = run_child(nodes, argv_for(nodes), interrupts, grace_s)
+        if code != EXIT_DONE:
+            return code
     return EXIT_DONE
 
 
-def run_child(node: Node, argv: Sequence[str], interrupts: Interrupts, grace_s: float) -> int:
-    """Run one stage's command under a warden, and return the exit code that its ``stage.json`` amounts to."""
-    before = _attempts(node.job)
-    stop_file = node.job.directory / STOP_FILE
-    stop = ["--stop-file", str(stop_file)] if node.stage.launched else []
+def together(nodes: Sequence[Node]) -> list[list[Node]]:
+    """What one child runs: a training stage alone, others together as long as they follow one another.
+
+    Imports cost seconds, which a process of their own would cost each of them.
+    """
+    children: list[list[Node]] = []
+    for node in nodes:
+        if children and not node.stage.launched and not children[-1][-1].stage.launched:
+            children[-1].append(node)
+        else:
+            children.append([node])
+    return children
+
+
+def run_child(nodes: Sequence[Node], argv: Sequence[str], interrupts: Interrupts, grace_s: float) -> int:
+    """Run one command under a warden, and return the exit code that the ``stage.json`` of its stages amount to."""
+    before = [_attempts(node.job) for node in nodes]
+    launched = nodes[0].stage.launched
+    stop_file = nodes[0].job.directory / STOP_FILE
+    stop = ["--stop-file", str(stop_file)] if launched else []
     command = [sys.executable, str(WARDEN), *stop, "--grace-s", str(grace_s), "--", *argv]
+    # One from before this run is no request to this run.
+    stop_file.unlink(missing_ok=True)
     # A pipe that only this process holds open: its end tells the warden that we are gone.
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, start_new_session=True, env=environment(os.environ, node.stage.launched)
+        command, stdin=subprocess.PIPE, start_new_session=True, env=environment(os.environ, launched)
     )
     assert process.stdin is not None, "a pipe was asked for"
     with process.stdin as line, interrupts.passed_to(line.fileno()):
@@ -118,11 +122,18 @@ def run_child(node: Node, argv: Sequence[str], interrupts: Interrupts, grace_s: 
             os.killpg(process.pid, signal.SIGKILL)
     # One that nobody honoured would stop the next run of this artifact at its first step.
     stop_file.unlink(missing_ok=True)
-    return outcome(node.job, code, before)
+    for node, attempts in zip(nodes, before, strict=True):
+        ended = outcome(node.job, code, attempts, interrupts)
+        if ended != EXIT_DONE:
+            return ended
+    return EXIT_DONE
 
 
-def outcome(job: Job, code: int, attempts_before: int) -> int:
-    """The stage's exit code, from ``stage.json``; the command's ``code`` counts only when no attempt was begun."""
+def outcome(job: Job, code: int, attempts_before: int, interrupts: Interrupts) -> int:
+    """The stage's exit code, from ``stage.json``; the command's ``code`` counts only when no attempt was begun.
+
+    What the stage itself has said of its end is not said again.
+    """
     try:
         record = artifact.read_record(job.directory)
     except ArtifactError as error:
@@ -131,15 +142,24 @@ def outcome(job: Job, code: int, attempts_before: int) -> int:
     if artifact.is_done(record, job):
         return EXIT_DONE
     if record is None or record["attempts"] == attempts_before:
-        print(f"{job.name}: ended with code {code} before it began", file=sys.stderr)
-        return EXIT_CONFIG if code == EXIT_CONFIG else EXIT_FAILED
+        return _not_begun(job, code, interrupts)
     if record["state"] == "saved":
         return EXIT_SAVED
     if record["state"] == "failed":
-        print(f"{job.name} failed: {record['error']}", file=sys.stderr)
         return int(record["exit_code"])
     log = artifact.shown(job.directory / "log.txt")
-    print(f"{job.name} failed: it was killed while {record['state']}; see {log}", file=sys.stderr)
+    by = "ended at once" if interrupts.killing else "killed"
+    print(f"{job.name} failed: it was {by} while {record['state']}; see {log}", file=sys.stderr)
+    return EXIT_FAILED
+
+
+def _not_begun(job: Job, code: int, interrupts: Interrupts) -> int:
+    if code == EXIT_CONFIG:
+        return EXIT_CONFIG
+    if interrupts.requested and not interrupts.killing:
+        print(f"{job.name}: stopped before it began; the same command goes on from here", flush=True)
+        return EXIT_SAVED
+    print(f"{job.name}: ended with code {code} before it began", file=sys.stderr)
     return EXIT_FAILED
 
 

@@ -40,6 +40,8 @@ class Node:
     directory: Path
     record: dict[str, Any]
     edges: list[Edge]
+    fault: str = ""
+    """Why its files cannot be read; what lies beside it is looked at all the same."""
 
     @property
     def digest(self) -> str | None:
@@ -51,9 +53,12 @@ def read_node(directory: Path) -> Node:
     """The artifact in ``directory``; its edges come from ``lineage.json``, the newest of each name."""
     directory = directory.resolve()
     newest: dict[str, Edge] = {}
-    for edge in (read_edges(directory) or {"inputs": []})["inputs"]:
-        newest[edge["name"]] = Edge(edge["name"], edge["digest"], (directory / edge["path"]).resolve().parent)
-    return Node(directory, read_record(directory) or {}, list(newest.values()))
+    try:
+        for edge in (read_edges(directory) or {"inputs": []})["inputs"]:
+            newest[edge["name"]] = Edge(edge["name"], edge["digest"], (directory / edge["path"]).resolve().parent)
+        return Node(directory, read_record(directory) or {}, list(newest.values()))
+    except ArtifactError as error:
+        return Node(directory, {}, list(newest.values()), str(error))
 
 
 def find_artifact(name: str, runs: Path) -> Path:
@@ -98,6 +103,8 @@ def _lines(node: Node, taken: str | None, depth: int, seen: set[Path]) -> Iterat
 
 def describe(node: Node, taken: str | None = None) -> str:
     """One line: name, kind, state, key, digest; ``taken`` is the digest that a child recorded."""
+    if node.fault:
+        return f"{node.directory.name}  UNREADABLE ({node.fault})"
     if not node.record:
         return f"{node.directory.name}  GONE (its output was {(taken or '?')[:SHORT]})"
     facts = [
@@ -126,6 +133,8 @@ def family(directory: Path) -> list[Node]:
 
 def verify(node: Node) -> tuple[list[str], list[str]]:
     """Hash all that is sealed in one artifact; returns (what was found whole, faults)."""
+    if node.fault:
+        return [], [node.fault]
     if not node.record:
         return [], [f"{node.directory}: there is no stage.json; restore the artifact or run its stage again"]
     whole, faults = [], []
@@ -173,7 +182,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all pipelines' artifacts (runs)")
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", parents=[runs], help="print the ancestry of an artifact", allow_abbrev=False)
-    show.add_argument("artifact", help="a directory, or a name below --runs such as pretrain-1a2b3c4d")
+    show.add_argument(
+        "artifact",
+        nargs="?",
+        help="a directory, or a name below --runs such as pretrain-1a2b3c4d; without it all artifacts are listed",
+    )
     check = commands.add_parser(
         "verify", parents=[runs], help="hash artifacts against their manifests", allow_abbrev=False
     )
@@ -185,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command: 0 when all is well, 1 when something does not verify, 2 for what the user gave."""
     arguments = parse(argv)
     try:
-        if arguments.command == "show":
+        if arguments.command == "show" and arguments.artifact is not None:
             print("\n".join(ancestry(find_artifact(arguments.artifact, arguments.runs))))
             return EXIT_DONE
         if arguments.artifact is not None:
@@ -193,7 +206,11 @@ def main(argv: list[str] | None = None) -> int:
         found = sorted(path.parent for path in arguments.runs.glob("*/*/stage.json"))
         if not found:
             raise ConfigError(Fault("--runs", f"must hold artifacts; got {arguments.runs}; run a stage first"))
-        return verify_all([read_node(path) for path in found])
+        nodes = [read_node(path) for path in found]
+        if arguments.command == "verify":
+            return verify_all(nodes)
+        print("\n".join(f"{node.directory.parent.name}/{describe(node)}" for node in nodes))
+        return EXIT_DONE
     except (ConfigError, ArtifactError) as error:
         print(error, file=sys.stderr)
         return EXIT_CONFIG

@@ -20,9 +20,13 @@ def apply_overrides(document: Document, overrides: list[str], top_level: list[st
     for override in overrides:
         path, equals, text = override.partition("=")
         words = path.strip().split(".")
-        if not equals or not text.strip() or not all(re.fullmatch(r"[\w-]+", word) for word in words):
-            # Not repeated in full: the part after the sign may be a secret.
-            _refuse(document, path.strip() or "--set", f"must be path=value; got no such thing; {_WAY}")
+        if not all(re.fullmatch(r"[\w-]+", word) for word in words):
+            # Not repeated: it may be a secret.
+            _refuse(document, "--set", f"must be path=value, the path as words joined by dots; {_WAY}")
+            continue
+        if not equals or not text.strip():
+            way = f"write --set {path.strip()}=VALUE, or =null for none"
+            _refuse(document, path.strip(), f"needs a value; {way}")
             continue
         value = parse(text)
         if value.faults:

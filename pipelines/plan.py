@@ -9,17 +9,13 @@ from typing import Any
 from pipelines.chain import Chain, Node
 from pipelines.graph import input_name
 from pipelines.preflight import device_notes
-from pipelines.staleness import Standing, standings
+from pipelines.staleness import Standing, extension_notes, standings
 from pipelines.table import figure, size, table
 from stages.runtime.artifact import has_gpu, shown
 
 
 def plan(chain: Chain, world_size: int) -> dict[str, Any]:
-    """The plan as plain data.
-
-    Raises:
-        ConfigError: when a stage's artifact cannot become what the recipe asks for.
-    """
+    """The plan as plain data."""
     found = standings(chain)
     return {
         "pipeline": chain.recipe.name,
@@ -27,7 +23,7 @@ def plan(chain: Chain, world_size: int) -> dict[str, Any]:
         "devices": world_size,
         "free_bytes": shutil.disk_usage(_existing(chain.runs)).free,
         "stages": [_stage(node, found[node.name], world_size) for node in chain],
-        "notes": device_notes(chain, has_gpu()),
+        "notes": [*device_notes(chain, has_gpu()), *(note for node in chain for note in extension_notes(node))],
     }
 
 
@@ -53,8 +49,10 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
             lines += [f"  {line}" for line in _figures(stage["figures"])]
     lines += ["", *(f"note: {note}" for note in plan["notes"])] if plan["notes"] else []
     # A finished stage has its bytes on the disk already.
-    wanted = sum(stage["figures"].get("disk_bytes", 0) for stage in stages if stage["state"] != "done")
-    left = [stage["stage"] for stage in stages if stage["state"] != "done"]
+    wanted = sum(stage["figures"].get("disk_bytes", 0) for stage in stages if stage["state"] not in ("done", "longer"))
+    left = [stage["stage"] for stage in stages if stage["state"] not in ("done", "longer")]
+    longer = [stage["stage"] for stage in stages if stage["state"] == "longer"]
+    lines += ["", f"as the recipe stands, a run of {', '.join(longer)} would be refused: see why"] if longer else []
     lines += ["", f"disk: at least {size(wanted)} wanted by what is left, {size(plan['free_bytes'])} free"]
     return [*lines, f"left to do: {', '.join(left)}" if left else "all done"]
 

@@ -10,6 +10,17 @@ from pipelines.staleness import standing
 from stages.base import ConfigError, Fault
 
 
+def refuse_shorter(chain: Chain, nodes: Iterable[Node]) -> None:
+    """Refuse to run what is asked to be shorter than its artifact already is.
+
+    Raises:
+        ConfigError: saying what to set.
+    """
+    refusals = [refusal for node in nodes if (refusal := standing(node).refusal) is not None]
+    if refusals:
+        raise ConfigError([chain.recipe.fault(refusal.path, refusal.message) for refusal in refusals])
+
+
 def refuse_early(chain: Chain, nodes: Iterable[Node], world_size: int | None, has_gpu: bool | None) -> None:
     """Look over those of ``nodes`` that are not done; None leaves the number of ranks, or the kind of devices, out.
 

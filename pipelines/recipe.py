@@ -21,6 +21,7 @@ from pipelines.credentials import remove_secrets
 from pipelines.document import Document, Place, dotted, parse
 from pipelines.graph import PlacedFault, Registry, graph_faults
 from pipelines.overrides import apply_overrides
+from pipelines.own_text import use_own_text
 from pipelines.suggest import suggestion
 from pipelines.validation import shown, validate
 from stages.base import EXIT_DONE, EXIT_FAILED, ConfigError, Fault, Section, Stage, StageConfig
@@ -92,7 +93,7 @@ def load_recipe(
         raise ConfigError([fault for _, fault in document.faults])
     apply_overrides(document, list(overrides), list(RecipeHead.model_fields))
     if data is not None:
-        _use_own_text(document, data)
+        use_own_text(document, data)
     remove_secrets(document)
     recipe, faults = _validated(document, registry)
     faults = _without_echoes(document.faults, faults)
@@ -143,25 +144,6 @@ def _text(path: Path) -> str:
         raise ConfigError(Fault("recipe", f"must be UTF-8 text; got byte {error.object[error.start]:#x}")) from error
     except OSError as error:
         raise ConfigError(Fault("--pipeline", f"must be a readable file; got {path}: {error.strerror}")) from error
-
-
-def _use_own_text(document: Document, data: Path) -> None:
-    from data.own_text import sources_from_directory
-    from data.sources import SourceError
-
-    sections = document.data.get("stages")
-    sections = sections if isinstance(sections, dict) else {}
-    cleaning = [name for name, raw in sections.items() if isinstance(raw, dict) and raw.get("kind") == "clean"]
-    if not cleaning:
-        document.faults.append((("--data",), Fault("--data", "needs a stage of kind clean; the recipe has none")))
-    try:
-        sources = sources_from_directory(data)
-    except SourceError as error:
-        document.faults.append((("--data",), Fault("--data", str(error))))
-        return
-    for name in cleaning:
-        sections[name]["sources"] = sources
-        document.overridden.add(("stages", name, "sources"))
 
 
 def _validated(document: Document, registry: Registry) -> tuple[Recipe | None, list[PlacedFault]]:
@@ -246,13 +228,16 @@ def _model(data: dict[str, Any]) -> ModelSpec | None:
 def _checks(
     document: Document, known: dict[str, type[Stage]], configs: dict[str, Any], model: ModelSpec | None
 ) -> list[PlacedFault]:
-    """Faults that stages find between fields, and a model section that is needed and absent."""
+    """Faults that stages find between fields, and a model section that is needed and absent.
+
+    With a faulty model section a stage looks over its own fields alone, so that nothing hides anything.
+    """
     faults = []
     users = [name for name, stage in known.items() if stage.uses_model]
     if users and document.data.get("model") is None:
         faults.append(_at(document, ("model",), f"is required by {', '.join(users)} and absent; write the section"))
     for name, stage in known.items():
-        if configs[name] is None or (stage.uses_model and model is None):
+        if configs[name] is None:
             continue
         try:
             found = stage.check(configs[name], model)

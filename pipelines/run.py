@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None, stages: Registry | None = None) -> i
     except ValueError as error:
         return _refuse(error)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        if _speaks():
+            print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
         return 1
     except BrokenPipeError:
         # Whoever read our output (head, a pager) has seen enough; what is still buffered must not complain at exit.
@@ -51,10 +52,19 @@ class CommandError(ValueError):
     """A command line that means nothing."""
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises instead of printing its usage: a fault is one line here too."""
+class Parser(argparse.ArgumentParser):
+    """A parser whose faults are one line, and which takes no shortened options."""
+
+    def __init__(self, program: str, description: str | None) -> None:
+        super().__init__(
+            prog=program,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
     def error(self, message: str) -> NoReturn:
+        """Raise ``CommandError`` in place of printing the usage."""
         raise CommandError(f"{message}; see --help")
 
 
@@ -80,28 +90,33 @@ def option_rows() -> list[tuple[str, str]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="run.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("run.py", __doc__)
     mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--stage", metavar="NAME", help="run this stage alone, after the data stages that it needs")
+    mode.add_argument(
+        "--stage", action="append", metavar="NAME", help="run this stage alone, after the data stages that it needs"
+    )
     mode.add_argument("--all", action="store_true", help="run every stage that is left, in order")
     mode.add_argument("--plan", action="store_true", help="show keys, reasons and costs; nothing runs")
     mode.add_argument("--status", action="store_true", help="show what the artifacts say of themselves")
     mode.add_argument("--sync", action="store_true", help="replay metrics and lineage of --runs into W&B")
-    recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--pipeline", type=Path, metavar="FILE", help="recipe (pipelines/recipes/default.yaml)")
-    recipe.add_argument(
-        "--set", action="append", default=[], metavar="PATH=VALUE", help="set a value, such as pretrain.lr=3e-4"
-    )
-    recipe.add_argument("--data", type=Path, metavar="DIR", help="clean this folder's text instead of the sources")
-    recipe.add_argument("--runs", type=Path, default=ROOT / "runs", metavar="DIR", help="where artifacts lie (runs)")
+    add_recipe_options(parser, "recipe")
     limits = parser.add_argument_group("with --all")
     limits.add_argument("--from", dest="first", metavar="NAME", help="leave out the stages that do not depend on it")
     limits.add_argument("--until", dest="last", metavar="NAME", help="stop after this stage")
     limits.add_argument("--num_gpus", type=int, metavar="N", help="processes a training stage; also for --plan")
     parser.add_argument("--json", action="store_true", help="--plan and --status as JSON")
     return parser
+
+
+def add_recipe_options(parser: Parser, title: str = "recipe, as given to run.py") -> None:
+    """The options by which every command finds the artifacts that ``run.py`` made with the same ones."""
+    recipe = parser.add_argument_group(title)
+    recipe.add_argument("--pipeline", type=Path, metavar="FILE", help="recipe (pipelines/recipes/default.yaml)")
+    recipe.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", help="set a value, such as pretrain.lr=3e-4"
+    )
+    recipe.add_argument("--data", type=Path, metavar="DIR", help="clean this folder's text instead of the sources")
+    recipe.add_argument("--runs", type=Path, default=ROOT / "runs", metavar="DIR", help="where artifacts lie (runs)")
 
 
 def without_local_rank(argv: Sequence[str]) -> list[str]:
@@ -154,9 +169,9 @@ def _act(options: argparse.Namespace, stages: Registry) -> int:
     _require_writable(options.runs)
     if options.all:
         return _run_all(chain, options)
-    from pipelines.single import run_stage
+    from pipelines.single import run_stages
 
-    return run_stage(chain, options.stage, _surroundings(chain), lambda node: command_line(node, options))
+    return run_stages(chain, options.stage, _surroundings(chain), lambda node: command_line(node, options))
 
 
 def _require_writable(runs: Path) -> None:
@@ -183,15 +198,27 @@ def _chain(options: argparse.Namespace, stages: Registry) -> Chain:
     from stages.base import ConfigError, Fault
 
     recipe = load_recipe(options.pipeline or DEFAULT, options.set, stages, options.data)
-    named = {"--stage": options.stage, "--from": options.first, "--until": options.last}
+    named = {"--stage": options.stage or [], "--from": [options.first], "--until": [options.last]}
     faults = [
         Fault(flag, f"must name a stage of {recipe.name}; got {name!r}; {suggestion(name, recipe.stages, 'stage')}")
-        for flag, name in named.items()
+        for flag, names in named.items()
+        for name in names
         if name is not None and name not in recipe.stages
     ]
     if faults:
         raise ConfigError(faults)
-    return build_chain(recipe, options.runs.absolute(), stages)
+    chain = build_chain(recipe, options.runs.absolute(), stages)
+    if len(options.stage or []) > 1:
+        _refuse_training(chain, options.stage)
+    return chain
+
+
+def _refuse_training(chain: Chain, names: list[str]) -> None:
+    training = [name for name in names if chain.nodes[name].stage.launched]
+    if training:
+        raise CommandError(
+            f"--stage may be given several times for stages that do not train; got {training[0]}, which does"
+        )
 
 
 def _show_plan(chain: Chain, options: argparse.Namespace) -> int:
@@ -206,9 +233,10 @@ def _show_plan(chain: Chain, options: argparse.Namespace) -> int:
 
 def _show_status(chain: Chain, options: argparse.Namespace) -> int:
     from pipelines.status import status, status_lines
+    from pipelines.table import terminal_width
 
     entries = status(chain)
-    _print(entries, status_lines(entries), options.json)
+    _print(entries, status_lines(entries, terminal_width()), options.json)
     return 0
 
 
@@ -220,12 +248,33 @@ def _print(data: object, lines: list[str], as_json: bool) -> None:
 
 def _run_all(chain: Chain, options: argparse.Namespace) -> int:
     from pipelines.launch import run_all
-    from pipelines.preflight import refuse_early
+    from pipelines.preflight import refuse_early, refuse_shorter
     from stages.runtime.artifact import has_gpu
 
     chosen = chain.selection(options.first, options.last)
+    refuse_shorter(chain, chosen)
     refuse_early(chain, chosen, options.num_gpus, has_gpu())
-    return run_all(chain, chosen, lambda node: stage_argv(node, options), lambda node: command_line(node, options))
+    return run_all(
+        chain,
+        chosen,
+        lambda nodes: stages_argv(nodes, options),
+        lambda node: command_line(node, options),
+        finish=lambda: _write_report(chain),
+    )
+
+
+def _write_report(chain: Chain) -> None:
+    """Write the report and say where; what goes wrong with it is one line and changes no exit code."""
+    from stages.runtime.artifact import shown
+    from stages.runtime.scrub import environment_secrets, scrub_text
+
+    try:
+        from pipelines.report import write_report
+
+        print(f"report: {shown(write_report(chain))}", flush=True)
+    except (Exception, SystemExit) as error:
+        said = " ".join(f"the report could not be written: {type(error).__name__}: {error}".split())
+        print(scrub_text(said, environment_secrets()), file=sys.stderr, flush=True)
 
 
 def _surroundings(chain: Chain) -> Surroundings:
@@ -235,13 +284,14 @@ def _surroundings(chain: Chain) -> Surroundings:
     return Surroundings(ROOT / ".cache", tracking.wandb, tracking.project, tracking.entity)
 
 
-def stage_argv(node: Node, options: argparse.Namespace) -> list[str]:
-    """The command by which ``--all`` runs one stage: under the deepspeed launcher when it trains, else in Python."""
+def stages_argv(nodes: Sequence[Node], options: argparse.Namespace) -> list[str]:
+    """The command by which ``--all`` runs a training stage, under the deepspeed launcher, or others, in Python."""
     from pipelines.launch import launcher_argv
 
     script = ROOT / "pipelines" / "run.py"
-    start = launcher_argv(script, options.num_gpus) if node.stage.launched else [sys.executable, str(script)]
-    return [*start, "--stage", node.name, *_recipe_options(options), "--runs", str(options.runs.absolute())]
+    start = launcher_argv(script, options.num_gpus) if nodes[0].stage.launched else [sys.executable, str(script)]
+    names = [word for node in nodes for word in ("--stage", node.name)]
+    return [*start, *names, *_recipe_options(options), "--runs", str(options.runs.absolute())]
 
 
 def command_line(node: Node, options: argparse.Namespace) -> str:

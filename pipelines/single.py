@@ -1,38 +1,45 @@
-"""``--stage X``: one stage on this rank, after the data stages that it needs."""
+"""``--stage X``: a stage, or several one after another, on this rank, after the data stages that they need."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from pipelines.chain import Chain, Node
 from pipelines.gate import Gate
-from pipelines.preflight import refuse_early
+from pipelines.graph import input_name
+from pipelines.preflight import refuse_early, refuse_shorter
 from pipelines.staleness import standing
 from stages.base import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError, Fault
 from stages.runtime import distributed
 from stages.runtime.artifact import has_gpu, shown
+from stages.runtime.isolation import own_settings
 from stages.runtime.lifecycle import Surroundings, execute, follow
 
 CommandFor = Callable[[Node], str]
 
 
-def run_stage(chain: Chain, name: str, around: Surroundings, command_for: CommandFor) -> int:
-    """Run stage ``name`` and return the exit code, the same on every rank.
+def run_stages(chain: Chain, names: Sequence[str], around: Surroundings, command_for: CommandFor) -> int:
+    """Run the stages ``names`` in order and return the first exit code that is not 0, the same on every rank.
 
-    ``command_for`` gives the command that runs a stage, for messages.
+    Several share this process and its imports, but no settings; each is an artifact of its own. ``command_for`` gives
+    the command that runs a stage, for messages.
 
     Raises:
         ConfigError: when a training ancestor is missing or stale; it is never trained on the side.
     """
     with distributed.note_launcher():
         distributed.settle_threads()
-        return _run_noted(chain, chain.nodes[name], around, command_for)
+        for name in names:
+            code = _run_noted(chain, chain.nodes[name], around, command_for)
+            if code != EXIT_DONE:
+                return code
+    return EXIT_DONE
 
 
 def _run_noted(chain: Chain, node: Node, around: Surroundings, command_for: CommandFor) -> int:
     if distributed.world_size() == 1:
         code = _prepare(chain, node, around, command_for)
-        return execute(node.stage(), node.job, around, distributed.stop_if_asked) if code is None else code
+        return _execute(node, around) if code is None else code
     gate = Gate(node.job.directory)
     if distributed.rank() == 0:
         return _run_with_others(chain, node, around, command_for, gate)
@@ -56,10 +63,15 @@ def needed(chain: Chain, node: Node, command_for: CommandFor, also: Collection[s
             parent = chain.nodes[name]
             if name in wanted or name in also or (found := standing(parent)).done:
                 continue
+            place = f"{child.name}.{input_name(child.stage, field)}"
+            if found.refusal is not None:
+                # The command that would run it is refused too.
+                faults.append(chain.recipe.fault(found.refusal.path, found.refusal.message))
+                continue
             if parent.stage.launched:
                 why = "; ".join(found.reasons)
                 message = f"must be a finished stage; got {name}, {found.state} ({why}); run: {command_for(parent)}"
-                faults.append(chain.recipe.fault(f"{child.name}.{field.rstrip('_')}", message))
+                faults.append(chain.recipe.fault(place, message))
                 continue
             visit(parent)
             wanted[name] = parent
@@ -79,9 +91,10 @@ def _prepare(chain: Chain, node: Node, around: Surroundings, command_for: Comman
     if standing(node).done:
         print(f"{node.name}: already done, {shown(node.job.directory)}")
         return EXIT_DONE
+    refuse_shorter(chain, [node])
     refuse_early(chain, [*needed(chain, node, command_for), node], distributed.world_size(), has_gpu())
     for ancestor in needed(chain, node, command_for):
-        code = execute(ancestor.stage(), ancestor.job, around, distributed.stop_if_asked)
+        code = _execute(ancestor, around)
         if code != EXIT_DONE:
             return code
     return None
@@ -103,7 +116,12 @@ def _run_with_others(chain: Chain, node: Node, around: Surroundings, command_for
     return code
 
 
+def _execute(node: Node, around: Surroundings) -> int:
+    with own_settings():
+        return execute(node.stage(), node.job, around, lambda: distributed.stop_if_asked(node.job.directory))
+
+
 def _let_in(node: Node, gate: Gate) -> None:
-    distributed.stop_if_asked()
+    distributed.stop_if_asked(node.job.directory)
     if node.stage.launched:
         gate.open()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.chain import Chain, Node
-from stages.base import ConfigError, Fault
+from stages.base import Fault
 from stages.runtime import artifact
 from stages.runtime.artifact import ArtifactError
 
@@ -21,6 +21,8 @@ class Standing:
     state: str
     reasons: list[str]
     record: Mapping[str, Any] | None = None
+    refusal: Fault | None = None
+    """Why a run of it is refused, with what to set; a plan may still be made."""
 
     @property
     def done(self) -> bool:
@@ -29,21 +31,8 @@ class Standing:
 
 
 def standings(chain: Chain) -> dict[str, Standing]:
-    """Each stage's standing, by name.
-
-    Raises:
-        ConfigError: when a recipe asks for a shorter run than its artifact has already trained.
-    """
-    found: dict[str, Standing] = {}
-    faults = []
-    for node in chain:
-        try:
-            found[node.name] = standing(node)
-        except ConfigError as error:
-            faults += [chain.recipe.fault(fault.path, fault.message) for fault in error.faults]
-    if faults:
-        raise ConfigError(faults)
-    return found
+    """Each stage's standing, by name."""
+    return {node.name: standing(node) for node in chain}
 
 
 def standing(node: Node) -> Standing:
@@ -57,10 +46,9 @@ def standing(node: Node) -> Standing:
         return Standing("stale", _why_new(node))
     if record["key"] != job.key:
         return Standing("failed", [f"{job.directory} belongs to another key; move it away"])
-    _refuse_shorter(node, record)
     if artifact.is_done(record, job):
         return Standing("done", [], record)
-    return _unfinished(node, record)
+    return _longer(node, record) or _unfinished(node, record)
 
 
 def _unfinished(node: Node, record: Mapping[str, Any]) -> Standing:
@@ -84,19 +72,58 @@ def _unfinished(node: Node, record: Mapping[str, Any]) -> Standing:
     return Standing("failed", [f"failed{at_step}: {record['error']}"], record)
 
 
-def _refuse_shorter(node: Node, record: Mapping[str, Any]) -> None:
-    """An extension can only grow: what has been trained cannot be untrained in the same directory."""
+def _longer(node: Node, record: Mapping[str, Any]) -> Standing | None:
+    """The standing of an artifact that holds a longer run than the recipe asks for.
+
+    What has been trained cannot be untrained in the same directory, and what the recipe's children would be made from
+    is not what lies there.
+    """
     step = artifact.reached_step(node.job.directory, record) or 0
     for field, wanted in node.job.extension.items():
         before = record["extension"].get(field)
         trained = before if record["state"] == "done" else min(before or step, step)
         if isinstance(trained, int) and isinstance(wanted, int) and wanted < trained:
-            there = artifact.shown(node.job.directory)
+            there, path = artifact.shown(node.job.directory), f"{node.name}.{field}"
+            go_on = before if isinstance(before, int) else trained
+            reason = f"holds {trained} of {field}, the recipe asks for {wanted}: set {path}={go_on} to go on from it"
             message = (
-                f"must be at least {trained}, which {there} has already done; got {wanted}; "
-                f"set {trained} or more, or move that directory away to start over"
+                f"must be at least {trained}, which {there} has already done; got {wanted}; set it in the recipe or by "
+                f"--set {path}={go_on}, or move that directory away to start over"
             )
-            raise ConfigError(Fault(f"{node.name}.{field}", message))
+            return Standing("longer", [reason], record, Fault(path, message))
+    return None
+
+
+def extension_notes(node: Node) -> list[str]:
+    """What a longer run of a finished ``node`` leaves behind: artifacts that were made from its present output."""
+    found = standing(node)
+    if found.state != "extended" or found.record is None:
+        return []
+    left = [directory.name for directory in _made_from(node.job.directory)]
+    if not left:
+        return []
+    changes = ", ".join(_changes(found.record["extension"], dict(node.job.extension)))
+    return [
+        f"extending {node.name} ({changes}) replaces the output that {', '.join(left)} came from: they stay as they "
+        f"are but belong to no recipe any more, and their stages run anew; copy {artifact.shown(node.job.directory)} "
+        "first, or give the longer run another stage's name, to keep both"
+    ]
+
+
+def _made_from(directory: Path) -> list[Path]:
+    """Finished artifacts of the same pipeline whose ancestors ``directory`` is among, parents before children."""
+    done = []
+    for path in sorted(directory.parent.glob(f"*/{artifact.RECORD}")):
+        try:
+            record = artifact.read_record(path.parent)
+        except ArtifactError:
+            continue
+        if record is not None and record["state"] == "done":
+            done.append((path.parent, [Path(link["path"]) for link in record["parents"].values()]))
+    family = [directory]
+    for parent in family:
+        family += [child for child, parents in done if parent in parents and child not in family]
+    return family[1:]
 
 
 def _why_new(node: Node) -> list[str]:
@@ -137,8 +164,9 @@ def _differences(node: Node, record: Mapping[str, Any]) -> Iterator[str]:
     for field in sorted(old["parents"].keys() | new["parents"].keys()):
         if old["parents"].get(field) != new["parents"].get(field):
             yield _parent_change(node, field, record)
-    for source in sorted(old["sources"].keys() | new["sources"].keys()):
-        if old["sources"].get(source) != new["sources"].get(source):
+    # Sources that came or went are a change of the config, which is named above.
+    for source in sorted(old["sources"].keys() & new["sources"].keys()):
+        if old["sources"][source] != new["sources"][source]:
             yield f"source {source} changed"
 
 
@@ -151,12 +179,32 @@ def _parent_change(node: Node, field: str, record: Mapping[str, Any]) -> str:
 
 
 def _changes(old: Any, new: Any, path: str = "") -> list[str]:
-    """``path old -> new`` for each leaf that differs."""
+    """``path old -> new`` for each leaf that differs; of lists of sections that cannot be paired, their names."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         names = [*old, *(name for name in new if name not in old)]
         below = f"{path}." if path else ""
         return [change for name in names for change in _changes(old.get(name), new.get(name), f"{below}{name}")]
-    return [] if old == new else [f"{path} {plain(old)} -> {plain(new)}"]
+    if old == new:
+        return []
+    if _are_sections(old) and _are_sections(new):
+        if [_section_name(one) for one in old] == [_section_name(one) for one in new]:
+            pairs = zip(old, new, strict=True)
+            return [change for number, pair in enumerate(pairs) for change in _changes(*pair, f"{path}.{number}")]
+        return [f"{path} {_names(old)} -> {_names(new)}"]
+    return [f"{path} {plain(old)} -> {plain(new)}"]
+
+
+def _are_sections(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
+
+
+def _section_name(section: Mapping[str, Any]) -> str:
+    return str(section.get("name", section.get("type", "?")))
+
+
+def _names(sections: list[Mapping[str, Any]]) -> str:
+    names = [_section_name(section) for section in sections]
+    return ", ".join(names) if len(names) <= 2 else f"{names[0]} and {len(names) - 1} more"
 
 
 def plain(value: Any) -> str:

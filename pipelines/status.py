@@ -9,8 +9,7 @@ from typing import Any
 
 from pipelines.chain import Chain, Node
 from pipelines.staleness import standing, variants
-from pipelines.table import age, table
-from stages.base import ConfigError
+from pipelines.table import age, with_last_column
 from stages.runtime import artifact
 
 
@@ -19,8 +18,8 @@ def status(chain: Chain) -> list[dict[str, Any]]:
     return [entry for node in chain for entry in _entries(node)]
 
 
-def status_lines(entries: list[dict[str, Any]]) -> list[str]:
-    """The status for a person."""
+def status_lines(entries: list[dict[str, Any]], width: int | None = None) -> list[str]:
+    """The status for a person; notes are cut to ``width`` columns, or stand below where the table leaves no room."""
     headers = ["", "artifact", "state", "step", "loss", "bpb", "tok/s", "checkpoint", "last sign", "note"]
     rows = [
         [
@@ -37,17 +36,15 @@ def status_lines(entries: list[dict[str, Any]]) -> list[str]:
         ]
         for entry in entries
     ]
-    return [*table(headers, rows), "", "* the artifact of the recipe as it stands"]
+    return [*with_last_column(headers, rows, width), "", "* the artifact of the recipe as it stands"]
 
 
 def _entries(node: Node) -> list[dict[str, Any]]:
-    try:
-        found = standing(node)
-        state, note = found.state, "; ".join(found.reasons)
-    except ConfigError as error:
-        state, note = "refused", "; ".join(str(fault) for fault in error.faults)
+    found = standing(node)
+    state, note = found.state, "; ".join(found.reasons)
     current = node.job.directory
-    entries = [_entry(node.name, node.job.key, current, artifact.read_record(current) if current.exists() else None)]
+    # Not read again: a record that cannot be read is one stage's note and must not hide the others.
+    entries = [_entry(node.name, node.job.key, current, found.record)]
     entries[0].update(state=state, note=note, current=True)
     for record in variants(current.parent, node.name):
         if record["directory"] != current:

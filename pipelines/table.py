@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Sequence
 from typing import Any
+
+MIN_ROOM = 20
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -13,6 +17,30 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         "  ".join([*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)), row[-1]]).rstrip()
         for row in [headers, *rows]
     ]
+
+
+def with_last_column(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int | None) -> list[str]:
+    """A table whose last column is long text, cut to ``width``: beside the others where there is room, else below."""
+    if width is None:
+        return table(headers, rows)
+    lines = table(headers[:-1], [row[:-1] for row in rows])
+    room = width - max(map(len, lines)) - 2
+    if room >= MIN_ROOM:
+        return table(headers, [[*row[:-1], cut(row[-1], room)] for row in rows])
+    found = [lines[0]]
+    for line, row in zip(lines[1:], rows, strict=True):
+        found += [line, f"    {cut(row[-1], max(width - 4, MIN_ROOM))}"] if row[-1] else [line]
+    return found
+
+
+def cut(text: str, width: int) -> str:
+    """``text`` in at most ``width`` characters."""
+    return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that is written to; None for a pipe or a file, which take lines of any length."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def figure(name: str, value: Any) -> str:

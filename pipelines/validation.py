@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from model.spec import UNFIT
 from pipelines.credentials import is_secret_value
 from pipelines.document import Document, Place, dotted
 from pipelines.suggest import suggestion
@@ -45,8 +46,12 @@ def shown(value: Any) -> str:
 def _faults(section: type[BaseModel], raw: Any, place: Place, document: Document, error: ValidationError) -> Any:
     found: dict[Place, list[str]] = {}
     tagged: set[Place] = set()
+    unfit: list[tuple[Place, str]] = []
     for item in error.errors(include_url=False, include_context=True):
         inner = _place_in(raw, item["loc"], item["type"])
+        if item["type"] == UNFIT:
+            unfit.append((inner, item["msg"]))
+            continue
         if len(inner) < len(item["loc"]):
             tagged.add(inner)
         if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
@@ -61,7 +66,8 @@ def _faults(section: type[BaseModel], raw: Any, place: Place, document: Document
         for inner in found
         if not (inner in tagged and any(other[: len(inner)] == inner and other != inner for other in found))
     ]
-    return [_fault((*place, *inner), _joined(found[inner]), document) for inner in deepest]
+    faults = [_fault((*place, *inner), _joined(found[inner]), document) for inner in deepest]
+    return faults + [_fault((*place, *inner), message, document) for inner, message in unfit]
 
 
 def _fault(place: Place, message: str, document: Document) -> PlacedFault:
@@ -82,7 +88,7 @@ def _place_in(raw: Any, loc: Place, kind: str) -> Place:
     Such a name may also be a key of the data (``{type: text, text: ...}``), so of all ways to read the location the
     fullest one is taken that explains its last part.
     """
-    return max(_readings(raw, loc, kind == "missing"), key=lambda place: (place[-1:] == loc[-1:], len(place)))
+    return max(_readings(raw, loc, kind in ("missing", UNFIT)), key=lambda place: (place[-1:] == loc[-1:], len(place)))
 
 
 def _readings(raw: Any, loc: Place, missing: bool) -> Iterator[Place]:

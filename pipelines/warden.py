@@ -4,9 +4,9 @@ Runs as a script in a session of its own: ``warden.py [--stop-file FILE] --grace
 launcher leaves its ranks behind when it is killed, and may end with 0 when they were; this process adopts whatever the
 command leaves behind (a child subreaper, prctl(2)), asks it to save, waits, and kills what is still there.
 
-Its standard input is the line to its master: ``stop`` asks the command to save and end, ``kill`` ends it at once, and
-the end of the line (the master died, however) means ``stop``. A stop is the file ``FILE`` where one is given, else
-SIGTERM.
+Its standard input is the line to its master: ``stop SIGINT`` asks the command to save and end, because the master got
+that signal, ``kill`` ends it at once, and the end of the line (the master died, however) means ``stop SIGTERM``. A stop
+is the file ``FILE`` where one is given, with the signal's name in it, else the signal.
 Uses the standard library alone and starts in a moment.
 """
 
@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 
 POLL_S = 0.1
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -43,18 +44,21 @@ class Warden:
 
     def run(self) -> int:
         """Start the command, watch it, and leave nothing behind."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        for number in (*_SIGNALS, signal.SIGHUP):
             signal.signal(number, self._on_signal)
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         self._child = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent)
         while True:
             self._reap()
-            left = descendants(os.getpid())
+            ended = self._code is not None
+            overdue = self._killing or (self._deadline is not None and time.monotonic() > self._deadline)
+            # A walk through /proc costs milliseconds that a run on few cores would miss: only when it matters.
+            left = descendants(os.getpid()) if ended or overdue else []
             if self._code is not None and not left:
                 return self._code
-            if self._code is not None:
+            if ended:
                 self._stop()
-            if self._killing or (self._deadline is not None and time.monotonic() > self._deadline):
+            if overdue:
                 for pid in left:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
@@ -67,21 +71,21 @@ class Warden:
         ready, _, _ = select.select([sys.stdin], [], [], POLL_S)
         if not ready:
             return
-        words = os.read(sys.stdin.fileno(), 4096)
+        words = os.read(sys.stdin.fileno(), 4096).decode().split()
         self._line_open = bool(words)
-        self._killing = self._killing or b"kill" in words
-        self._stop()
+        self._killing = self._killing or "kill" in words
+        self._stop(next((number for number in _SIGNALS if number.name in words), signal.SIGTERM))
 
-    def _stop(self) -> None:
+    def _stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Ask the command to save and end; once."""
         if self._deadline is not None:
             return
         self._deadline = time.monotonic() + self._grace_s
         if self._stop_file is not None:
             with contextlib.suppress(OSError):
-                self._stop_file.touch()
+                _write_stop(self._stop_file, number.name)
         elif self._code is None:
-            os.kill(self._child.pid, signal.SIGTERM)
+            os.kill(self._child.pid, number)
 
     def _reap(self) -> None:
         with contextlib.suppress(ChildProcessError):
@@ -94,7 +98,15 @@ class Warden:
                     self._code = self._child.returncode = code if code >= 0 else 128 - code
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._stop()
+        self._stop(signal.Signals(number) if number in _SIGNALS else signal.SIGTERM)
+
+
+def _write_stop(file: Path, name: str) -> None:
+    """The file appears with its content; its folder may not be there before the stage has begun."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    whole = file.with_name(f".{file.name}.{os.getpid()}")
+    whole.write_text(name)
+    whole.rename(file)
 
 
 def descendants(root: int) -> list[int]:

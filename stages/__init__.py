@@ -2,7 +2,17 @@
 
 from stages.base import Stage
 from stages.clean import Clean
+from stages.dpo import Dpo
+from stages.evaluate import Evaluate
+from stages.export import Export
+from stages.facts import Facts
+from stages.grpo import GRPO
+from stages.messages import Messages
+from stages.preferences import Preferences
 from stages.pretrain import Pretrain
+from stages.qlora import QLoRA
+from stages.sft import SFT
+from stages.tasks import Tasks
 from stages.tokenize import Tokenize
 from stages.tokenizer import Tokenizer
 
@@ -11,4 +21,14 @@ STAGES: dict[str, type[Stage]] = {
     "tokenizer": Tokenizer,
     "tokenize": Tokenize,
     "pretrain": Pretrain,
+    "messages": Messages,
+    "sft": SFT,
+    "qlora": QLoRA,
+    "facts": Facts,
+    "tasks": Tasks,
+    "grpo": GRPO,
+    "evaluate": Evaluate,
+    "preferences": Preferences,
+    "dpo": Dpo,
+    "export": Export,
 }

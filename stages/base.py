@@ -89,7 +89,8 @@ class StageContext:
 
     ``directory`` is the artifact, ``runs/<pipeline>/<stage>-<key8>``; ``output`` is the temporary folder to fill, which
     the lifecycle seals (manifest, fsync, rename to ``directory/"output"``) after ``run`` returned; ``work`` survives
-    restarts; ``parents`` maps an input's field to the parent's verified artifact directory.
+    restarts and is removed once the stage is done; ``parents`` maps an input's field to the parent's verified artifact
+    directory.
     """
 
     pipeline: str
@@ -147,7 +148,10 @@ class Stage(ABC):
 
     @classmethod
     def check(cls, config: Any, model: ModelSpec | None) -> list[Fault]:
-        """Faults that need more than one field; paths relative to the stage (``"micro_batch_size"``)."""
+        """Faults that need more than one field; paths relative to the stage (``"micro_batch_size"``).
+
+        ``model`` is None where the recipe has none, or a faulty one, which is reported by itself.
+        """
         return []
 
     @classmethod

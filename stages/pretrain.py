@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from model.spec import ModelSpec
 from stages.base import Fault, Input, Stage, StageConfig, StageContext, StageResult, operational
 from stages.runtime import settings
-from stages.runtime.guards import GuardConfig
-from stages.runtime.schedule import CosineSchedule, Schedule, extends
+from stages.runtime.schedule import extends
+from stages.runtime.training_config import TrainingConfig
 
 
-class PretrainConfig(StageConfig):
+class PretrainConfig(TrainingConfig):
     """Configuration of one pretraining run."""
 
     kind: Literal["pretrain"]
@@ -26,61 +26,16 @@ class PretrainConfig(StageConfig):
     """Training stage (or artifact path) whose weights this run starts from; none trains from scratch."""
     seq_len: int = Field(ge=8)
     """Tokens a packed row."""
-    global_batch_size: int = Field(ge=1)
-    """Sequences per optimizer step, over all devices."""
-    micro_batch_size: int = operational(1, ge=1)
-    """Sequences per device per forward; bounds memory, never the result."""
-    max_steps: int = Field(ge=1)
-    """Optimizer steps of the whole run; under ``wsd`` and ``constant`` a larger value extends it."""
-    lr: float = Field(gt=0)
-    """Peak learning rate."""
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)
-    """Last learning rate of a decaying schedule over the peak."""
-    schedule: Schedule = CosineSchedule(kind="cosine")
-    """Course of the learning rate over the optimizer steps."""
     weight_decay: float = Field(0.1, ge=0)
     """AdamW's decoupled decay a step, times lr; norms, biases and A_log, D, dt_bias are never decayed."""
     decay_embeddings: bool = False
     """Whether the embedding (and an untied head) is decayed too."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay rates of the first and second moment."""
-    eps: float = Field(1e-8, gt=0)
-    """AdamW's term against division by zero."""
-    max_grad_norm: float = Field(1.0, gt=0)
-    """Global L2 norm to which gradients are clipped."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Arithmetic of matrix products: ``bf16`` autocasts, parameters and optimizer state stay fp32 in either."""
-    deepspeed: str = operational("zero1")
-    """Engine facts: the name of a file in ``ds_configs`` without ``.json``; shards memory, never changes the sum."""
-    activation_checkpointing: bool = operational(False)
-    """Recompute each block's activations in the backward pass: less memory, a third more arithmetic."""
     compile: bool = operational(False)
-    """Compile the model in place with ``torch.compile``."""
+    """Compile each block and the loss with ``torch.compile``: faster steps after a first one that takes minutes."""
     mixture: dict[str, float] | None = None
     """Weight a source of the data's ``tokens.json``, normalised to shares of tokens; none is in proportion to size."""
     max_epochs: float = operational(4.0, gt=0)
     """Passes over any source that the plan may ask for; more is refused before the first step, never cut short."""
-    eval_every_steps: int = operational(0, ge=0)
-    """Optimizer steps between evaluations on the held-out set; 0 evaluates at the end alone."""
-    eval_batch_size: int = operational(8, ge=1)
-    """Held-out windows per device per forward."""
-    checkpoint_every_steps: int = operational(0, ge=0)
-    """Optimizer steps between saves of the whole training state; 0 saves at the end and when asked to stop."""
-    keep_checkpoints: int = operational(2, ge=1)
-    """Newest checkpoints kept; those that a longer run extends from are kept beside them."""
-    log_every_steps: int = operational(10, ge=1)
-    """Optimizer steps between lines of progress and records in ``metrics.jsonl``."""
-    rewarm: bool = operational(False)
-    """Permit a warm start whose peak lr is above the parent's final lr (TRAPS T1)."""
-    guards: GuardConfig = GuardConfig()
-    """Which steps are skipped, and when skipping ends the run."""
-
-    @field_validator("betas")
-    @classmethod
-    def _betas_are_rates(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must lie in [0, 1); got {list(betas)}; set for example [0.9, 0.95]")
-        return betas
 
 
 class Pretrain(Stage):
@@ -125,7 +80,7 @@ class Pretrain(Stage):
     @classmethod
     def plan(cls, config: Any, model: ModelSpec | None, world_size: int) -> dict[str, Any]:
         """Tokens, parameters, FLOPs, bytes per GPU and on disk of the run."""
-        return settings.plan(config, model, world_size)
+        return settings.plan(config, model, world_size, length=config.seq_len)
 
     def run(self, context: StageContext) -> StageResult:
         """Train, evaluate, audit, and write weights with their tokenizer.

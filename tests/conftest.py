@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 # Before torch is imported: tiny models are about ten times slower on two threads than on one.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -9,3 +11,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ.pop("WANDB_API_KEY", None)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture
+def cli(tmp_path):
+    """The command line over the toy recipe in a folder of the test's own."""
+    from fake_chain import RECIPE, STAGES, write_recipe
+
+    from pipelines.run import main
+
+    def run(*argv, text=RECIPE):
+        return main([*argv, "--pipeline", str(write_recipe(tmp_path, text)), "--runs", str(tmp_path / "runs")], STAGES)
+
+    return run

@@ -12,6 +12,7 @@ from pydantic import Field
 from data.errors import DataError
 from data.fetch import FetchError
 from stages.base import ConfigError, Fault, Input, Section, Stage, StageConfig, StageResult, StopRequested, operational
+from stages.runtime.artifact import read_record
 from stages.runtime.distributed import rank
 
 Ending = Literal[
@@ -207,3 +208,12 @@ def write_recipe(directory: Path, text: str = RECIPE) -> Path:
     path = directory / "toy.yaml"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+FAKE_RUN = Path(__file__).resolve().parent / "fake_run.py"
+
+
+def records(tmp_path: Path) -> dict[str, dict[str, Any]]:
+    """The `stage.json` of each stage below `runs`, by the stage's name."""
+    found = [read_record(path.parent) for path in (tmp_path / "runs").rglob("stage.json")]
+    return {record["stage"]: record for record in found if record is not None}

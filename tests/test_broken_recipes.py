@@ -194,11 +194,15 @@ BROKEN = {
         [],
         [("train.micro_batch_size", "must be at most 4; got 9; set 4")],
     ),
-    "layers undefined": (changed('"2*m"', '"2*n 1*m"'), [], [("model", "layers uses ['n']")]),
+    "layers undefined": (
+        changed('"2*m"', '"2*n 1*m"'),
+        [],
+        [("model.layers", "must use words that mixers defines; got 'n'; define it, or use one of m")],
+    ),
     "heads do not divide": (
         changed("n_kv_heads: 2", "n_kv_heads: 3"),
         [],
-        [("model.mixers.m", "n_kv_heads must divide n_heads; got 3")],
+        [("model.mixers.m.n_kv_heads", "must divide n_heads 4; got 3; set one of [1, 2, 4]")],
     ),
     # absurd sizes
     "steps absurd": (
@@ -215,7 +219,11 @@ BROKEN = {
     "not a number": (changed("lr: 2e-4", "lr: .nan"), [], [("train.lr", "finite number")]),
     "overflow": (changed("lr: 2e-4", "lr: 1e999"), [], [("train.lr", "finite number")]),
     "model absurd": (changed("d_model: 64", "d_model: 1000000"), [], [("model.d_model", "set 65536 or less")]),
-    "layers absurd": (changed('"2*m"', '"999999999*m"'), [], [("model", "layers must give 1 to 512 layers")]),
+    "layers absurd": (
+        changed('"2*m"', '"999999999*m"'),
+        [],
+        [("model.layers", "must give 1 to 512 layers; got '999999999*m'")],
+    ),
     "seed absurd": (changed("seed: 17", "seed: 99999999999"), [], [("seed", "less than 4294967296")]),
     # secrets
     "secret key": (
@@ -247,8 +255,9 @@ BROKEN = {
     # --set
     "set unknown stage": (RECIPE, ["trian.lr=1"], [("trian.lr", "did you mean 'train'?")]),
     "set unknown field": (RECIPE, ["train.lrr=1"], [("train.lrr", "is not a field; got 1; did you mean 'lr'?")]),
-    "set without value": (RECIPE, ["train.lr="], [("train.lr", "must be path=value")]),
-    "set without sign": (RECIPE, ["train.lr"], [("train.lr", "must be path=value")]),
+    "set without value": (RECIPE, ["train.lr="], [("train.lr", "needs a value; write --set train.lr=VALUE")]),
+    "set without sign": (RECIPE, ["train.lr"], [("train.lr", "needs a value; write --set train.lr=VALUE")]),
+    "set what is no path": (RECIPE, ["train lr=1"], [("--set", "must be path=value")]),
     "set without path": (RECIPE, ["=5"], [("--set", "must be path=value")]),
     "set bad YAML": (RECIPE, ["train.lr=[1"], [("train.lr", "is not valid YAML")]),
     "set below a value": (RECIPE, ["train.lr.x=1"], [("train.lr.x", "train.lr holds no fields of its own")]),

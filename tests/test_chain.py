@@ -174,8 +174,12 @@ def test_staleness_names_changed_parents_sources_and_code(chain_of, run, monkeyp
 def test_a_longer_run_extends_and_a_shorter_one_is_refused(chain_of, run):
     assert run("train") == 0
     assert standing(chain_of("train.max_steps=600").nodes["train"]).reasons == ["extended: max_steps 300 -> 600"]
-    with pytest.raises(ConfigError, match=r"train\.max_steps: must be at least 300.*got 200; set 300 or more"):
-        standings(chain_of("train.max_steps=200"))
+    shorter = standing(chain_of("train.max_steps=200").nodes["train"])
+    assert (shorter.state, shorter.done) == ("longer", False)
+    assert shorter.reasons == [
+        "holds 300 of max_steps, the recipe asks for 200: set train.max_steps=300 to go on from it"
+    ]
+    assert "must be at least 300" in str(shorter.refusal)
     assert run("train", "train.max_steps=200") == 2
     assert run("train", "train.max_steps=600") == 0
     node = chain_of("train.max_steps=600").nodes["train"]
@@ -209,8 +213,9 @@ def test_each_unfinished_state_has_its_reason(chain_of, run):
     record = read_record(chain.nodes["train"].job.directory)
     write_record(chain.nodes["train"].job.directory, {**record, "state": "saved"})
     assert standing(chain_of("train.max_steps=150").nodes["train"]).state == "saved"
-    with pytest.raises(ConfigError, match="must be at least 120"):
-        standing(chain_of("train.max_steps=100").nodes["train"])
+    shorter = standing(chain_of("train.max_steps=100").nodes["train"])
+    assert shorter.state == "longer"
+    assert "must be at least 120" in str(shorter.refusal)
 
 
 def test_a_record_that_cannot_be_read_and_a_lost_output_are_no_tracebacks(chain_of, run):

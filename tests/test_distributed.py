@@ -163,12 +163,67 @@ def test_each_signal_is_noticed_and_the_old_handlers_come_back(tmp_path, number)
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.parametrize(
+    ("number", "more"),
+    [(signal.SIGTERM, ""), (signal.SIGUSR1, ""), (signal.SIGINT, "; Ctrl-C again ends it at once")],
+)
+def test_a_first_signal_is_acknowledged_at_once_by_one_line_and_rank_0_alone(
+    tmp_path, capsys, monkeypatch, caplog, number, more
+):
+    with StopWatch(tmp_path) as watch:
+        signal.raise_signal(number)
+        assert capsys.readouterr().err == f"asked to stop by {number.name}: saving after this step{more}\n"
+        signal.raise_signal(signal.SIGTERM)
+        assert watch.agreed()
+    assert capsys.readouterr().err == "", "once is enough"
+    assert caplog.messages == [], "not once more at the step boundary"
+    monkeypatch.setenv("RANK", "1")
+    with StopWatch(tmp_path) as watch:
+        signal.raise_signal(number)
+        assert watch.requested
+    assert capsys.readouterr().err == ""
+
+
+def test_a_signal_while_this_very_stream_is_written_to_is_acknowledged_too(tmp_path, capfd, monkeypatch):
+    class Busy:
+        def write(self, text):
+            raise RuntimeError("reentrant call")
+
+    monkeypatch.setattr(sys, "stderr", Busy())
+    with StopWatch(tmp_path):
+        signal.raise_signal(signal.SIGUSR1)
+    assert capfd.readouterr().err == "asked to stop by SIGUSR1: saving after this step\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("SIGINT", "SIGINT"), ("SIGUSR1\n", "SIGUSR1"), ("", "a file STOP"), ("x", "a file STOP")]
+)
+def test_a_file_stop_that_names_a_signal_is_reported_by_that_name(tmp_path, caplog, text, reason):
+    (tmp_path / "STOP").write_text(text)
+    with StopWatch(tmp_path) as watch:
+        assert watch.agreed()
+        assert watch.reason == reason
+    # Whoever was sent the signal has said so; a file that a person made is acknowledged here.
+    said = [f"asked to stop by {reason}: saving after this step"] if reason == "a file STOP" else []
+    assert caplog.messages == said
+    assert not (tmp_path / "STOP").exists()
+
+
 def test_a_second_interrupt_interrupts_at_once(tmp_path):
     with StopWatch(tmp_path) as watch:
         signal.raise_signal(signal.SIGINT)
         assert watch.requested
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_a_second_interrupt_interrupts_at_once_when_the_first_came_before_the_watch(tmp_path):
+    with distributed.note_launcher():
+        signal.raise_signal(signal.SIGINT)
+        with StopWatch(tmp_path) as watch:
+            assert watch.requested
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
 
 
 LAUNCHED = """

@@ -29,6 +29,10 @@ GOLDEN = {
 }
 """First digits of real stages' keys. If they change, all users' artifacts are orphaned: never by accident."""
 
+FINETUNE = {
+    "micro_batch_size", "deepspeed", "activation_checkpointing", "eval_every_steps", "eval_batch_size",
+    "checkpoint_every_steps", "keep_checkpoints", "log_every_steps", "rewarm", "guards.max_skipped_in_a_row",
+}  # fmt: skip
 OPERATIONAL = {
     "clean": {"sources.path", "workers"},
     "tokenizer": {"progress_seconds"},
@@ -38,6 +42,12 @@ OPERATIONAL = {
         "eval_batch_size", "checkpoint_every_steps", "keep_checkpoints", "log_every_steps", "rewarm",
         "guards.max_skipped_in_a_row",
     },
+    "messages": {"sources.path", "shown_faults"},
+    "preferences": {"sources.path"},
+    "export": {"timing_prompt_tokens", "timing_new_tokens", "threads"},
+    **dict.fromkeys(("sft", "qlora"), FINETUNE | {"min_stop_probability"}),
+    "grpo": FINETUNE | {"max_logprob_gap", "probe.min_informative"},
+    "dpo": FINETUNE,
     "model": {"mixers.chunk_size", "mixers.backend"},
 }  # fmt: skip
 """All that stays out of keys. A field that comes here says that it cannot change what the stage makes."""
@@ -45,6 +55,11 @@ OPERATIONAL = {
 SOURCE = {"name": "a", "language": "en", "licence": "none", "rules": "none"}
 FILES = {**SOURCE, "include": ["*.txt"]}
 PACKAGE = {"name": "p", "version": "1", "sha256": "a" * 64}
+PINNED = {"packages": [PACKAGE], "include": ["*.jsonl"]}
+HUB = {"type": "hub", "repository": "o/n", "revision": "a" * 40}
+SAID = {"name": "a", "language": "en", "licence": "none"}
+TUNED = {"from": "pretrain", "max_length": 32, "global_batch_size": 8, "max_steps": 9, "lr": 1e-3}
+SCHEDULES: list[dict[str, Any]] = [{"kind": "cosine"}, {"kind": "wsd", "decay_steps": 2}, {"kind": "constant"}]
 PRETRAIN = {"seq_len": 32, "global_batch_size": 4, "max_steps": 9, "lr": 1e-3}
 BASES: dict[str, list[dict[str, Any]]] = {
     "clean": [
@@ -57,10 +72,44 @@ BASES: dict[str, list[dict[str, Any]]] = {
     ],
     "tokenizer": [{"corpus": "clean"}],
     "tokenize": [{"corpus": "clean", "tokenizer": "tokenizer"}],
-    "pretrain": [
-        PRETRAIN | {"schedule": schedule, "mixture": {"en": 1.0}}
-        for schedule in ({"kind": "cosine"}, {"kind": "wsd", "decay_steps": 2}, {"kind": "constant"})
+    "pretrain": [PRETRAIN | {"schedule": schedule, "mixture": {"en": 1.0}} for schedule in SCHEDULES],
+    "messages": [
+        {"corpus": "clean", "tasks": "tasks", "sources": [{**SAID, **source}]}
+        for source in (
+            {"type": "files", "path": "text", "include": ["*.jsonl"]},
+            {"type": "package", **PINNED},
+            HUB,
+            {"type": "corpus", "corpus_source": "a"},
+            {"type": "tasks"},
+        )
     ],
+    "tasks": [{"tasks": [{"name": "parity", "size": 4, "train": 100, "heldout": 100}]}],
+    "preferences": [
+        {"sources": [source]}
+        for source in (
+            {"type": "templates"},
+            {**SAID, "type": "files", "path": "pairs.jsonl"},
+            {**SAID, "type": "package", **PINNED},
+            {**SAID, **HUB},
+        )
+    ],
+    "facts": [{"countries": PACKAGE, "names": PACKAGE}],
+    "sft": [{**TUNED, "data": "messages", "schedule": schedule} for schedule in SCHEDULES],
+    "dpo": [{**TUNED, "schedule": schedule} for schedule in SCHEDULES],
+    "qlora": [{**TUNED, "data": "messages", "schedule": schedule} for schedule in SCHEDULES],
+    "grpo": [{**TUNED, "max_completion_length": 8, "schedule": schedule} for schedule in SCHEDULES],
+    "evaluate": [
+        {
+            "from": "pretrain",
+            "data": "tokenize",
+            "messages": "messages",
+            "tasks": "tasks",
+            "preferences": "preferences",
+            "facts": "facts",
+            "suites": {key: {} for key in ("bpb", "margins", "reasoning", "safety", "format", "samples", "harness")},
+        }
+    ],
+    "export": [{"from": "pretrain"}],
 }
 """Configs that hold every kind of section; a stage that is missing here is taken from the recipes that ship."""
 
@@ -135,18 +184,25 @@ CASES = [
 
 def candidates(value: Any, annotation: Any) -> list[Any]:
     """Values to try in place of ``value``; the config's own checks choose among them."""
-    tried: list[Any] = list(get_args(annotation)) if get_origin(annotation) is Literal else []
+    tried: list[Any] = words(annotation)
     if isinstance(value, bool):
         tried += [not value]
     elif isinstance(value, int | float):
-        tried += [value + 1, value / 2, value * 2]
+        tried += [value + 1, value / 2, value * 2, 0.25]
     elif isinstance(value, str):
         tried += [f"{value}x", f"{value} {value}", "b" * 40, "b" * 64]
     elif isinstance(value, list | tuple):
-        tried += [[*value, "x"], [*value, 4], [item / 2 for item in value if isinstance(item, float)]]
+        tried += [[*value, "x"], [*value, 4], [item / 2 for item in value if isinstance(item, float)], value[:1]]
     elif isinstance(value, dict):
         tried += [{**value, "de": 0.5}]
-    return tried or [3, 4096, "x", {"de": 0.5}, ["x"]]
+    return tried or [3, 4096, "x", {"de": 0.5}, {"a": "x"}, ["x"]]
+
+
+def words(annotation: Any) -> list[Any]:
+    """The words of a ``Literal``, also of one that may be left out."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [word for item in get_args(annotation) if get_origin(item) is Literal for word in get_args(item)]
 
 
 def at(config: BaseModel, path: Path) -> Any:

@@ -13,19 +13,21 @@ from fake_chain import RECIPE, STAGES, write_recipe
 from pipelines import launch
 from pipelines.chain import build_chain
 from pipelines.recipe import load_recipe
-from pipelines.run import main, parse, stage_argv
+from pipelines.run import main, parse, stages_argv
 from stages.base import ConfigError
 from stages.runtime.artifact import process_started, read_record
+from stages.runtime.lock import hold
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKE_RUN = ROOT / "tests" / "fake_run.py"
 
-# Writes its process id, then waits for the file STOP or SIGTERM, "saves", and ends.
+# Writes its process id, then waits for the file STOP or a signal, "saves", and ends.
 WORKER = """
 import os, signal, sys, time
 from pathlib import Path
 pid_file, stop, saved = map(Path, sys.argv[1:4])
-signal.signal(signal.SIGTERM, lambda *_: stop.touch())
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    signal.signal(number, lambda number, _: stop.write_text(signal.Signals(number).name))
 pid_file.with_suffix(".tmp").write_text(str(os.getpid()))
 pid_file.with_suffix(".tmp").rename(pid_file)
 while not stop.exists():
@@ -66,10 +68,11 @@ def script(tmp_path):
 
 
 def fake_argv(tmp_path, *extra):
-    """What `stage_argv` would be if the launcher were the fake command line."""
+    """What `stages_argv` would be if the launcher were the fake command line."""
     recipe, runs = write_recipe(tmp_path), tmp_path / "runs"
-    return lambda node: [
-        sys.executable, str(FAKE_RUN), "--stage", node.name, "--pipeline", str(recipe), "--runs", str(runs), *extra
+    return lambda nodes: [
+        sys.executable, str(FAKE_RUN), *(word for node in nodes for word in ("--stage", node.name)),
+        "--pipeline", str(recipe), "--runs", str(runs), *extra,
     ]  # fmt: skip
 
 
@@ -123,8 +126,37 @@ def test_the_first_stage_that_does_not_finish_ends_all_with_its_code(chain, tmp_
     assert read_record(chain.nodes["gather"].job.directory)["attempts"] == 1
 
 
+@pytest.mark.parametrize(("ending", "words"), [("error", "train failed: "), ("fault", "train.lr: must be lower")])
+def test_what_a_stage_said_of_its_end_is_not_said_again(chain, tmp_path, capfd, ending, words):
+    argv = fake_argv(tmp_path, "--set", f"train.ending={ending}")
+    assert launch.run_all(chain, chain.selection(None, "train"), argv, shown) == (1 if ending == "error" else 2)
+    said = capfd.readouterr()
+    assert (said.out + said.err).count(words) == 1
+
+
+def test_an_artifact_that_another_run_holds_is_told_once_and_no_child_is_started(chain, tmp_path, capfd):
+    def never(nodes):
+        raise AssertionError("a child was started")
+
+    with hold(chain.nodes["gather"].job.directory):
+        assert launch.run_all(chain, list(chain), never, shown) == 1
+    said = capfd.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert line.startswith("gather: ")
+    assert f"is being worked on by process {os.getpid()} on " in line
+
+
+@pytest.mark.parametrize("ending", ["done", "saved", "error"])
+def test_what_comes_last_comes_however_the_stages_ended(chain, tmp_path, ending):
+    argv, last = fake_argv(tmp_path, "--set", f"gather.ending={ending}"), []
+    code = launch.run_all(chain, chain.selection(None, "gather"), argv, shown, finish=lambda: last.append("report"))
+    assert code == {"done": 0, "saved": 85, "error": 1}[ending]
+    assert last == ["report"]
+
+
 def test_a_launcher_that_lies_about_success_is_not_believed(chain, tmp_path, capfd):  # trap O1
-    assert launch.run_all(chain, list(chain), lambda node: [sys.executable, "-c", ""], shown) == 1
+    assert launch.run_all(chain, list(chain), lambda nodes: [sys.executable, "-c", ""], shown) == 1
     assert "ended with code 0 before it began" in capfd.readouterr().err
 
 
@@ -132,12 +164,12 @@ def test_a_launcher_that_lies_about_failure_is_not_believed_either(chain, tmp_pa
     argv = fake_argv(tmp_path)
     liar = "import subprocess, sys; subprocess.run(sys.argv[1:]); sys.exit(1)"
     chosen = chain.selection(None, "gather")
-    assert launch.run_all(chain, chosen, lambda node: [sys.executable, "-c", liar, *argv(node)], shown) == 0
+    assert launch.run_all(chain, chosen, lambda nodes: [sys.executable, "-c", liar, *argv(nodes)], shown) == 0
 
 
 def test_an_earlier_saved_state_is_not_taken_for_this_attempts(chain, tmp_path):  # trap O1
     assert launch.run_all(chain, list(chain), fake_argv(tmp_path, "--set", "gather.ending=saved"), shown) == 85
-    assert launch.run_all(chain, list(chain), lambda node: [sys.executable, "-c", "raise SystemExit(3)"], shown) == 1
+    assert launch.run_all(chain, list(chain), lambda nodes: [sys.executable, "-c", "raise SystemExit(3)"], shown) == 1
 
 
 def test_a_gap_before_from_is_refused_before_anything_runs(chain, tmp_path):
@@ -159,6 +191,15 @@ def test_stop_by_file_lets_the_worker_save(script, tmp_path):  # trap O7
     assert saved.exists()
     assert ends(worker)
     assert process.returncode == 0
+
+
+def test_the_file_stop_holds_the_signals_name_and_needs_no_folder(script, tmp_path):
+    stop, saved, pid = tmp_path / "not" / "yet" / "STOP", tmp_path / "saved", tmp_path / "pid"
+    process = warden(script(WORKER), pid, stop, saved, stop_file=stop)
+    appears(pid)
+    process.communicate(b"stop SIGUSR1\n", timeout=30)
+    assert saved.exists()
+    assert stop.read_text() == "SIGUSR1"
 
 
 def test_stop_by_signal_lets_a_data_stage_save(script, tmp_path):
@@ -231,16 +272,21 @@ def test_a_signal_to_all_stops_the_child_and_starts_no_other(chain, script, tmp_
     # The signal arrives while the child runs: the child sends it, then waits to be asked.
     body = WORKER.replace("while", f"os.kill({os.getpid()}, {int(number)})\nwhile", 1)
     argv = [sys.executable, str(script(body)), str(pid), str(tmp_path / "asked"), str(saved)]
-    assert launch.run_all(chain, list(chain), lambda _: argv, shown) == 1
+    assert launch.run_all(chain, list(chain), lambda _: argv, shown) == 85
     assert saved.exists()
+    said = capfd.readouterr()
+    again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
+    assert said.err == f"asked to stop by {number.name}: the running stage saves and ends{again}\n"
+    assert "gather: stopped before it began" in said.out
+    assert (tmp_path / "asked").read_text() == number.name, "the child is asked by the very signal"
     assert ends(int(pid.read_text()))
     assert read_record(node.job.directory) is None
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_request_between_stages_starts_no_other_and_exits_85(chain, tmp_path, monkeypatch, capfd):
-    def finished(node, argv, interrupts, grace_s):
-        interrupts.requested = True
+    def finished(nodes, argv, interrupts, grace_s):
+        interrupts.requested = "SIGTERM"
         return 0
 
     monkeypatch.setattr(launch, "run_child", finished)
@@ -258,7 +304,7 @@ def test_a_stop_that_nobody_honoured_does_not_stop_the_next_run(chain, tmp_path)
 
 def test_training_goes_through_the_launcher_and_data_does_not(chain, tmp_path):
     options = parse(["--all", "--num_gpus", "2", "--set", "train.lr=1e-3", "--runs", str(tmp_path / "runs")])
-    data, training = (stage_argv(chain.nodes[name], options) for name in ("gather", "train"))
+    data, training = (stages_argv([chain.nodes[name]], options) for name in ("gather", "train"))
     assert data[:4] == [sys.executable, str(ROOT / "pipelines" / "run.py"), "--stage", "gather"]
     assert training[1:3] == ["-m", "deepspeed.launcher.runner"]
     assert training[training.index("--num_gpus") + 1] == "2"

@@ -54,6 +54,15 @@ def test_show_prints_the_ancestry_down_to_the_sources_with_keys_and_digests(runs
     assert "CHANGED" not in "".join(lines)
 
 
+def test_show_without_a_name_lists_the_artifacts(runs, capsys):
+    assert main(["--runs", str(runs), "show"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        f"demo/{name}" for name in sorted((CORPUS, TOKENIZER, TOKENS, MODEL))
+    ]
+    assert main(["--runs", str(runs / "nothing"), "show"]) == 2
+
+
 def test_an_artifact_is_found_by_path_and_an_unclear_name_is_refused(runs, capsys):
     assert main(["show", str(runs / "demo" / CORPUS)]) == 0
     assert main(["--runs", str(runs), "show", "tokeni"]) == 2
@@ -94,6 +103,17 @@ def test_a_damaged_checkpoint_is_found(runs, capsys):
     (folder / "model.safetensors").unlink()
     assert main(["--runs", str(runs), "verify", MODEL]) == 1
     assert "step-00000007: model.safetensors is missing" in capsys.readouterr().err
+
+
+def test_a_record_that_cannot_be_read_is_one_fault_and_hides_no_other(runs, capsys):
+    (runs / "demo" / CORPUS / "stage.json").write_text("{half")
+    output(runs, MODEL).write_bytes(b"other")
+    assert main(["--runs", str(runs), "verify"]) == 1
+    faults = capsys.readouterr().err
+    assert "stage.json cannot be read" in faults
+    assert MODEL in faults
+    assert main(["--runs", str(runs), "show", MODEL]) == 0
+    assert f"{CORPUS}  UNREADABLE" in capsys.readouterr().out
 
 
 def test_a_parent_that_was_made_anew_is_said_to_have_changed(runs, capsys):

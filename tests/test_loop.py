@@ -135,3 +135,22 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_it_is_begun(tmp_path, 
     store = CheckpointStore(tmp_path / "checkpoints", 2)
     assert store.steps() == [2]
     assert store.newest()[0] == 2
+
+
+def test_a_long_evaluation_says_how_far_it_is_and_a_short_one_nothing(capsys, monkeypatch):
+    from stages.runtime import progress
+
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    evaluation = progress.EvaluationProgress(200, quiet=False)
+    for documents, moment in ((10, 101.0), (50, 106.0), (60, 107.0), (150, 112.0)):
+        now[0] = moment
+        evaluation.at(documents)
+    assert capsys.readouterr().out.splitlines() == [
+        "  evaluating: 50 of 200 documents, ETA 18s",  # 6 s for 50, so 18 s for 150
+        "  evaluating: 150 of 200 documents, ETA 4s",
+    ]
+    silent = progress.EvaluationProgress(200, quiet=True)
+    now[0] += 100
+    silent.at(10)
+    assert capsys.readouterr().out == ""

@@ -129,6 +129,19 @@ def test_words_of_text_processing_are_no_secrets(tmp_path):
     assert faults(tmp_path, text=text) == [("gather.sources.0.eos_token", 18)]
 
 
+def test_own_text_reaches_the_conversations_that_are_drawn_from_the_corpus(tmp_path):
+    own = tmp_path / "text"
+    own.mkdir()
+    for number in range(6):
+        (own / f"{number}.txt").write_text("The quick brown fox jumps over the lazy dog and runs away from it. " * 9)
+    recipe = load_recipe(RECIPES / "default.yaml", data=own)
+    (text,) = recipe.stages["clean"].sources
+    (passages,) = recipe.stages["languages"].sources
+    assert (passages.turns, passages.corpus_source, passages.language) == ("language", text.name, "en")
+    assert {source.type for source in recipe.stages["messages"].sources} == {"package", "tasks"}
+    assert recipe.stages["messages"].corpus is None
+
+
 def test_own_text_takes_the_place_of_the_sources(tmp_path):
     from stages import STAGES as REAL
 

@@ -206,6 +206,7 @@ def test_training_survives_wandb_and_hears_of_it_once(tmp_path, failure):
     child = run_child(SURVIVE, str(tmp_path), failure)
     assert child.stdout.strip() == "alive"
     assert child.stderr.count("metrics.jsonl goes on") == 1
+    assert "Traceback" not in child.stderr, "what became of it at the end of the process was told already"
     assert [row["step"] for row in read_metrics(tmp_path, "train")] == list(range(1, 50))
 
 
@@ -259,3 +260,14 @@ def test_lineage_json_stays_strict_whatever_the_metadata_holds(tmp_path):
     content = json.loads((tmp_path / "lineage.json").read_text(), parse_constant=refuse)
     (edge,) = content["outputs"]
     assert edge["metadata"] == {"bpb": "NaN", "path": str(tmp_path), "nested": [{"x": 1}]}
+
+
+def test_more_figures_than_wandb_takes_keys_travel_by_group():
+    import wandb
+
+    figures = {f"margin_nats/{group}": float(group) for group in range(150)} | {"margin_nats": 1.0}
+    artifact = wandb.Artifact("a", type="model", metadata=mirror.described(figures))
+    assert artifact.metadata["margin_nats"] == 1.0
+    assert artifact.metadata["by_group"]["margin_nats/149"] == 149.0
+    with pytest.raises(ValueError, match="100 metadata keys"):
+        wandb.Artifact("a", type="model", metadata=figures)

@@ -18,8 +18,11 @@ from torch.nn import functional
 
 from model.boundaries import Layout
 from model.cache import KVState, MixerState
+from model.kernels.attend import attend_cudnn, attend_varlen
+from model.kernels.flex import attend_flex, visible_blocks
+from model.kernels.rows import document_edges
 from model.layers import ResidualProjection, RMSNorm, at_least_fp32, rotary_angles, rotate
-from model.mixers.contract import Mixer
+from model.mixers.contract import Mixer, projected
 from model.spec import AttentionSpec, ModelSpec
 
 
@@ -48,9 +51,15 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class Attention(Mixer):
-    """The attention layer."""
+    """The attention layer.
+
+    Without a state, ``sdpa_cudnn`` takes rows that are one document each and have no window to keep to, ``varlen`` rows
+    of several documents and windows, ``flex`` windows with global tokens too. Rows with padding, and what the one named
+    kernel does not take, need a mask and go through the ``torch`` core.
+    """
 
     backends: ClassVar = {"torch": attend_sdpa, "reference": attend_by_query}
+    kernels: ClassVar = ("sdpa_cudnn", "varlen", "flex")
 
     def __init__(self, spec: AttentionSpec, model: ModelSpec) -> None:
         super().__init__(spec, model)
@@ -73,16 +82,54 @@ class Attention(Mixer):
         """(B, T, D) to (B, T, D)."""
         assert state is None or isinstance(state, KVState)
         q, k, v = self._heads(x, layout)
-        if state is None or state.keys is None:
-            mask = layout.attention_mask(self.spec.window, self.spec.global_tokens)
-            if state is not None:
-                state.append(k, v, layout)
-        else:
-            k, v, mask = state.extend(k, v, layout)
-        o = self.core(q, k, v, mask).transpose(1, 2).flatten(2)  # (B, T, H P)
+        o = self._attend(q, k, v, layout) if state is None else self._attend_cached(q, k, v, layout, state)
+        o = o.transpose(1, 2).flatten(2)  # (B, T, H P)
         if self.spec.output_gate:
             o = o * torch.sigmoid(self.g_proj(x))
         return self.o_proj(o)
+
+    def prepare(self, x: Tensor, layout: Layout) -> None:
+        """Rotary angles, and the documents' edges, the visible blocks or the mask."""
+        self._angles(layout)
+        how = self._how(projected(x, self.q_proj.weight), layout)
+        if how == "varlen":
+            document_edges(layout, *x.shape[:2])
+        elif how == "flex":
+            visible_blocks(layout, self.spec.window, self.spec.global_tokens)
+        elif how == "torch":
+            layout.attention_mask(self.spec.window, self.spec.global_tokens)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+        """Attention among the tokens of this call, (B, H, T, P)."""
+        how = self._how(q, layout)
+        if how == "sdpa_cudnn":
+            return attend_cudnn(q, k, v)
+        if how == "varlen":
+            return attend_varlen(q, k, v, document_edges(layout, q.shape[0], q.shape[2]), self.spec.window)
+        if how == "flex":
+            return attend_flex(q, k, v, visible_blocks(layout, self.spec.window, self.spec.global_tokens))
+        return self.core(q, k, v, layout.attention_mask(self.spec.window, self.spec.global_tokens))
+
+    def _how(self, q: Tensor, layout: Layout) -> str:
+        """The kernel that takes a call without a state, or ``torch``; ``q`` stands for its dtype and device."""
+        window, one_document = self.spec.window, layout.doc_ids is None
+        windowed = window is not None and window < layout.positions.shape[1]
+        if layout.valid is not None:
+            return "torch"
+        if one_document and not windowed and self.takes("sdpa_cudnn", q):
+            return "sdpa_cudnn"
+        if not (windowed and self.spec.global_tokens) and self.takes("varlen", q):
+            return "varlen"
+        return "flex" if self.takes("flex", q) else "torch"
+
+    def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, state: KVState) -> Tensor:
+        """Attention among this call's tokens and those that the state holds, (B, H, T, P)."""
+        if state.keys is None:
+            mask = layout.attention_mask(self.spec.window, self.spec.global_tokens)
+            state.append(k, v, layout)
+        else:
+            k, v, mask = state.extend(k, v, layout)
+        return self.core(q, k, v, mask)
 
     def _heads(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (B, H, T, P), rotated keys and values (B, J, T, P)."""
@@ -90,8 +137,13 @@ class Attention(Mixer):
         q, k, v = (proj(x).unflatten(-1, (-1, spec.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if spec.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        key = ("rotary", spec.head_dim, spec.rope_theta)
-        if key not in layout.memo:
-            layout.memo[key] = rotary_angles(layout.positions, spec.head_dim, spec.rope_theta)
-        cos, sin = layout.memo[key]
+        cos, sin = self._angles(layout)
         return rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
+
+    def _angles(self, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the rotary angles, made once a forward pass."""
+        key = ("rotary", self.spec.head_dim, self.spec.rope_theta)
+        if key not in layout.memo:
+            layout.memo[key] = rotary_angles(layout.positions, self.spec.head_dim, self.spec.rope_theta)
+        cos, sin = layout.memo[key]
+        return cos, sin

@@ -20,8 +20,10 @@ from torch.nn import functional
 from model import init
 from model.boundaries import Layout
 from model.cache import MixerState, RecurrentState
+from model.kernels.gla import gla_by_fla
+from model.kernels.rows import document_edges
 from model.layers import ResidualProjection, RMSNorm, at_least_fp32
-from model.mixers.contract import Mixer, island
+from model.mixers.contract import Mixer, island, projected
 from model.mixers.scan import block_size, carry_states, document_changes, from_chunks, into_chunks
 from model.spec import GLASpec, ModelSpec
 
@@ -100,10 +102,14 @@ def gla_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) 
 
 
 class GLA(Mixer):
-    """The gated linear attention layer with a full-rank or low-rank vector gate and a swish output gate."""
+    """The gated linear attention layer with a full-rank or low-rank vector gate and a swish output gate.
+
+    ``fla`` takes every call without a state.
+    """
 
     initialisers: ClassVar = {"gate_bias": init.gate_bias}
     backends: ClassVar = {"torch": gla_chunked, "reference": gla_recurrence}
+    kernels: ClassVar = ("fla",)
 
     def __init__(self, spec: GLASpec, model: ModelSpec) -> None:
         super().__init__(spec, model)
@@ -128,28 +134,49 @@ class GLA(Mixer):
         q, k, v = (proj(x).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         gate = self.gk_proj(x)
         with torch.autocast(x.device.type, enabled=False):
-            o, mixer_state = self._mix(q, k, v, gate, layout, None if state is None else state.mixer_state)
+            if state is None and self.takes("fla", q):
+                o = self._by_kernel(q, k, v, gate, layout)
+            else:
+                o, mixer_state = self._mix(q, k, v, gate, layout, None if state is None else state.mixer_state)
+                if state is not None:
+                    state.mixer_state = mixer_state.detach()
             o = self.norm(o).flatten(2)
-        if state is not None:
-            state.mixer_state = mixer_state.detach()
         return self.o_proj(o.to(x.dtype) * functional.silu(self.g_proj(x)))
 
     def _mix(
         self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, layout: Layout, initial: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The recurrence in fp32: (B, T, H, V) and the last state."""
-        spec = self.spec
         q, k, v = (at_least_fp32(part) for part in (q, k, v))
-        gate = at_least_fp32(gate) + self.gate_bias
-        log_decay = (functional.logsigmoid(gate) / spec.gate_normalizer).unflatten(-1, (spec.n_heads, -1))
-        if layout.valid is not None:
-            # No decay and no key at padding: it leaves no trace in the state.
-            valid = layout.valid[:, :, None, None]
-            log_decay, k = log_decay * valid, k * valid
-        q = q * spec.head_k_dim**-0.5
+        k, log_decay = self._unpadded(k, gate, layout)
+        q = q * self.spec.head_k_dim**-0.5
         if q.shape[1] == 1 and initial is not None:
             return gla_step(q, k, v, log_decay, initial)
-        return self.core(q, k, v, log_decay, layout, initial, spec.chunk_size)
+        return self.core(q, k, v, log_decay, layout, initial, self.spec.chunk_size)
+
+    def _by_kernel(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, layout: Layout) -> Tensor:
+        """What ``_mix`` gives from no state, in half precision with fp32 decays and states: (B, T, H, V)."""
+        k, log_decay = self._unpadded(k, gate, layout)
+        edges = None if layout.doc_ids is None else document_edges(layout, *q.shape[:2])
+        return gla_by_fla(q, k, v, log_decay, edges, self.spec.head_k_dim**-0.5)
+
+    def _unpadded(self, k: Tensor, gate: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Keys, and log decays (B, T, H, K) in fp32, that leave no trace of padding: no key and no decay there."""
+        gate = at_least_fp32(gate) + self.gate_bias
+        log_decay = functional.logsigmoid(gate) / self.spec.gate_normalizer
+        log_decay = log_decay.unflatten(-1, (self.spec.n_heads, -1))
+        if layout.valid is None:
+            return k, log_decay
+        valid = layout.valid[:, :, None, None]
+        return k * valid, log_decay * valid
+
+    def prepare(self, x: Tensor, layout: Layout) -> None:
+        """The documents' edges, or the torch core's masks."""
+        by_kernel = self.takes("fla", projected(x, self.q_proj.weight))
+        if layout.doc_ids is not None and by_kernel:
+            document_edges(layout, *x.shape[:2])
+        elif self.backend != "reference":
+            layout.chunk_masks(block_size(x.shape[1], self.spec.chunk_size))
 
 
 def _gate_projection(d_model: int, width: int, rank: int | None) -> nn.Module:

@@ -20,8 +20,10 @@ from torch.nn import functional
 from model import init
 from model.boundaries import Layout
 from model.cache import MixerState, RecurrentState
+from model.kernels.rows import document_numbers
+from model.kernels.ssd import conv_silu, ssd_scan
 from model.layers import CausalConv, GatedRMSNorm, ResidualProjection, at_least_fp32
-from model.mixers.contract import Mixer, island
+from model.mixers.contract import Mixer, island, projected
 from model.mixers.scan import block_size, carry_states, document_changes, from_chunks, into_chunks
 from model.spec import Mamba2Spec, ModelSpec
 
@@ -93,10 +95,16 @@ def ssd_step(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, state: Tensor) 
 
 
 class Mamba2(Mixer):
-    """The Mamba-2 layer; parameters are named and ordered (z, x, B, C, dt) as in transformers' Granite hybrid."""
+    """The Mamba-2 layer; parameters are named and ordered (z, x, B, C, dt) as in transformers' Granite hybrid.
+
+    ``mamba_ssm`` takes every call without a state: convolution with SiLU, then the scan with D in it, then our norm and
+    projection, so that adapters, quantised weights and ZeRO's hooks meet the linear layers as ever. It takes decays as
+    differences of fp32 running sums over a chunk, so what a chunk held before can show in the last bit of bf16.
+    """
 
     initialisers: ClassVar = {"A_log": init.log_decay, "dt_bias": init.step_bias, "D": init.ones}
     backends: ClassVar = {"torch": ssd_chunked, "reference": ssd_recurrence}
+    kernels: ClassVar = ("mamba_ssm",)
 
     def __init__(self, spec: Mamba2Spec, model: ModelSpec) -> None:
         super().__init__(spec, model)
@@ -119,6 +127,8 @@ class Mamba2(Mixer):
         """(B, T, D) to (B, T, D)."""
         assert state is None or isinstance(state, RecurrentState)
         z, xbc, dt = self.in_proj(x).split([self.d_inner, self.d_inner + 2 * self.d_groups, self.n_heads], -1)
+        if state is None and self.takes("mamba_ssm", xbc):
+            return self.out_proj(self.norm(self._by_kernels(xbc, dt, layout).flatten(2), z))
         xbc, conv = self.conv1d(xbc, layout, None if state is None else state.conv)
         with torch.autocast(x.device.type, enabled=False):
             y, mixer_state = self._mix(functional.silu(xbc), dt, layout, None if state is None else state.mixer_state)
@@ -126,22 +136,47 @@ class Mamba2(Mixer):
             state.conv, state.mixer_state = conv.detach(), mixer_state.detach()
         return self.out_proj(self.norm(y.flatten(2), z))
 
+    def prepare(self, x: Tensor, layout: Layout) -> None:
+        """The documents' numbers, or the torch core's masks."""
+        if self.takes("mamba_ssm", projected(x, self.in_proj.weight)):
+            document_numbers(layout)
+        elif self.backend != "reference":
+            layout.chunk_masks(block_size(x.shape[1], self.spec.chunk_size))
+            for shift in range(1, self.spec.d_conv):
+                layout.same_document(shift)
+
+    def _by_kernels(self, xbc: Tensor, dt: Tensor, layout: Layout) -> Tensor:
+        """What convolution, SiLU and ``_mix`` give from no state, in half precision with fp32 states: (B, T, H, P)."""
+        seq_idx = document_numbers(layout)
+        with torch.autocast(xbc.device.type, enabled=False):
+            xbc, _ = self.conv1d(xbc, layout, kernel=lambda *parts: conv_silu(*parts, seq_idx))
+            x, b, c = self._heads(xbc)
+            rate = -self.A_log.float().exp()
+            return ssd_scan(x, self._steps(dt, layout), rate, b, c, self.D.float(), seq_idx, self.spec.chunk_size)
+
+    def _heads(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, H, P), B and C (B, T, G, N)."""
+        spec = self.spec
+        x, b, c = xbc.split([self.d_inner, self.d_groups, self.d_groups], -1)
+        b, c = (part.unflatten(-1, (spec.n_groups, spec.d_state)) for part in (b, c))
+        return x.unflatten(-1, (self.n_heads, spec.head_dim)), b, c
+
+    def _steps(self, dt: Tensor, layout: Layout) -> Tensor:
+        """Step sizes (B, T, H) in fp32."""
+        step = functional.softplus(at_least_fp32(dt) + self.dt_bias)
+        # A step of zero neither decays the state nor adds to it: padding leaves no trace.
+        return step if layout.valid is None else step * layout.valid[:, :, None]
+
     def _mix(self, xbc: Tensor, dt: Tensor, layout: Layout, initial: Tensor | None) -> tuple[Tensor, Tensor]:
         """The state-space recurrence in fp32: (B, T, H, P) and the last state."""
-        spec = self.spec
-        x, b, c = at_least_fp32(xbc).split([self.d_inner, self.d_groups, self.d_groups], -1)
-        x = x.unflatten(-1, (self.n_heads, spec.head_dim))
-        b, c = (part.unflatten(-1, (spec.n_groups, spec.d_state)) for part in (b, c))
-        step = functional.softplus(at_least_fp32(dt) + self.dt_bias)  # (B, T, H)
-        if layout.valid is not None:
-            # A step of zero neither decays the state nor adds to it: padding leaves no trace.
-            step = step * layout.valid[:, :, None]
+        x, b, c = self._heads(at_least_fp32(xbc))
+        step = self._steps(dt, layout)
         log_decay = -self.A_log.exp() * step
         scaled = x * step[..., None]
         if x.shape[1] == 1 and initial is not None:
             y, state = ssd_step(scaled, log_decay, b, c, initial)
         else:
-            y, state = self.core(scaled, log_decay, b, c, layout, initial, spec.chunk_size)
+            y, state = self.core(scaled, log_decay, b, c, layout, initial, self.spec.chunk_size)
         return y + self.D[:, None] * x, state
 
 

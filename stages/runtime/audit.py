@@ -22,6 +22,8 @@ class TrainingRecord:
     weights_before: Sequence[float]
     weights_after: Sequence[float]
     evaluation: Mapping[str, Any]
+    score: str = "bpb"
+    """Name of the figure in ``evaluation`` without which there was none."""
 
     @property
     def unchanged_parameters(self) -> int:
@@ -30,8 +32,11 @@ class TrainingRecord:
         return sum(before == after for before, after in pairs)
 
 
-def audit(record: TrainingRecord) -> None:
-    """Raise ``AuditError`` with every reason why ``record`` is not one of a run that trained."""
+def audit(record: TrainingRecord, also: Sequence[str] = ()) -> None:
+    """Raise ``AuditError`` with every reason why ``record`` is not one of a run that trained.
+
+    ``also`` holds reasons that the stage itself found.
+    """
     faults = []
     if record.steps_applied < 1:
         faults.append("no optimizer step was applied")
@@ -43,8 +48,9 @@ def audit(record: TrainingRecord) -> None:
         faults.append("no weight changed")
     if not all(math.isfinite(value) for value in record.weights_after):
         faults.append("some weights are not finite")
-    bpb = record.evaluation.get("bpb")
-    if not isinstance(bpb, float) or not math.isfinite(bpb):
-        faults.append(f"the final evaluation is missing or not finite: bpb {bpb}")
+    score = record.evaluation.get(record.score)
+    if not isinstance(score, float) or not math.isfinite(score):
+        faults.append(f"the final evaluation is missing or not finite: {record.score} {score}")
+    faults += also
     if faults:
         raise AuditError("the run must not be called done: " + "; ".join(faults))

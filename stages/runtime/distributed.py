@@ -21,6 +21,9 @@ from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 from stages.base import StopRequested
+from stages.runtime.signals import SIGNALS, acknowledgement, say_in_handler
+from stages.runtime.signals import launcher_processes as _launcher_processes
+from stages.runtime.signals import signal_on_parent_death as _signal_on_parent_death
 
 T = TypeVar("T")
 
@@ -29,9 +32,6 @@ TIMEOUT = timedelta(minutes=30)
 
 STOP_FILE = "STOP"
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_EARLY_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_SIGNALS = (*_EARLY_SIGNALS, signal.SIGINT)
 _REASONS = ("", "SIGTERM", "SIGUSR1", "SIGINT", "a file STOP", "the launcher's death")
 
 logger = logging.getLogger(__name__)
@@ -211,13 +211,13 @@ def note_launcher() -> Iterator[None]:
     """From the first moment on, remember who launched this process and whether it was asked to stop.
 
     A launcher can die long before training begins, while data stages run or the engine is built; whoever adopts its
-    ranks must not be taken for it (TRAPS O7). Inside, SIGTERM and SIGUSR1 only set a flag, which ``stop_if_asked``
-    reads and a ``StopWatch`` takes over; what runs inside may set handlers of its own. Use from the main thread; from
-    another one signals stay as they are.
+    ranks must not be taken for it (TRAPS O7). Inside, SIGTERM, SIGUSR1 and a first SIGINT are acknowledged and set a
+    flag, which ``stop_if_asked`` reads and a ``StopWatch`` takes over; what runs inside may set handlers of its own.
+    Use from the main thread; from another one signals stay as they are.
     """
     in_main = threading.current_thread() is threading.main_thread()
     # Before the ancestors are read, so that a death in between is seen as a change or as a signal.
-    old = {number: signal.signal(number, _on_early_signal) for number in _EARLY_SIGNALS} if in_main else {}
+    old = {number: signal.signal(number, _on_early_signal) for number in SIGNALS} if in_main else {}
     _early.ancestors, _early.reason = _watched_ancestors(), 0
     try:
         yield
@@ -231,16 +231,45 @@ def launcher_died() -> bool:
     return _was_orphaned() or _is_gone(_early.ancestors)
 
 
-def stop_if_asked() -> None:
-    """Raise ``StopRequested`` when this rank was asked to stop, or lost its launcher, since ``note_launcher``."""
+def stop_if_asked(directory: Path | None = None) -> None:
+    """Raise ``StopRequested`` when this rank was asked to stop, or lost its launcher, since ``note_launcher``.
+
+    A file ``STOP`` in the artifact's ``directory`` asks too, and is taken away.
+    """
     if not _early.reason and launcher_died():
         _early.reason = _REASONS.index("the launcher's death")
+    if not _early.reason and directory is not None and (directory / STOP_FILE).exists():
+        _early.reason = _reason_in(directory / STOP_FILE)
+        (directory / STOP_FILE).unlink(missing_ok=True)
     if _early.reason:
         raise StopRequested(_REASONS[_early.reason])
 
 
 def _on_early_signal(number: int, frame: FrameType | None) -> None:
-    _early.reason = _early.reason or _REASONS.index(signal.Signals(number).name)
+    if not _early.reason:
+        _early.reason = _heard(number, "ending before the stage begins")
+    elif number == signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _heard(number: int, then: str) -> int:
+    """Acknowledge a first signal at once, on rank 0 alone; its place among the reasons."""
+    name = signal.Signals(number).name
+    if rank() == 0:
+        say_in_handler(acknowledgement(name, then))
+    if number == signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return _REASONS.index(name)
+
+
+def _reason_in(file: Path) -> int:
+    """What asked by ``file``: ``--all`` writes the name of the signal that it got, a person writes nothing."""
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        text = ""
+    names = [number.name for number in SIGNALS]
+    return _REASONS.index(text if text in names else "a file STOP")
 
 
 def _watched_ancestors() -> list[int]:
@@ -270,23 +299,30 @@ def _restore(handlers: dict[signal.Signals, Any]) -> None:
 class StopWatch:
     """Knows whether the run was asked to stop: SIGTERM, SIGUSR1, SIGINT, a file ``STOP``, or the launcher's death.
 
-    Signals only set a flag, which the loop reads at step boundaries, so that a save is never cut short. A second SIGINT
-    interrupts at once, for a person at a terminal. Under a launcher the processes above this one are watched: the
-    deepspeed launcher can die and leave its ranks running (TRAPS O7). Without a launcher they are not, since a run
-    started in the background should outlive its shell. What ``note_launcher`` noticed before counts.
+    Signals are acknowledged by one line and set a flag, which the loop reads at step boundaries, so that a save is
+    never cut short. A second SIGINT interrupts at once, for a person at a terminal. Under a launcher the processes
+    above this one are watched: the deepspeed launcher can die and leave its ranks running (TRAPS O7). Without one they
+    are not, since a run started in the background should outlive its shell. What ``note_launcher`` noticed before
+    counts.
 
     ``directory`` is the artifact in which rank 0 looks for ``STOP``. Use from the main thread; ``close`` (or ``with``)
     gives the old signal handlers back.
     """
 
     def __init__(self, directory: Path) -> None:
+        self.then = "saving after this step"
+        """What follows a stop, for the line that acknowledges a signal."""
         self._file = directory / STOP_FILE
         self._reason = 0
-        self._agreed = False
+        self._agreed = self._told = False
         # Before the ancestors are read, so that a death in between is seen as a change or as a signal.
-        self._old = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        self._old = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         # A request that came before our handlers was counted by the early ones.
+        self._told = bool(self._reason or _early.reason)
         self._reason = self._reason or _early.reason
+        if self.reason == "SIGINT":
+            # Whoever acknowledged it has promised that a second one ends the run at once.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         self._ancestors = _watched_ancestors() if _early.ancestors is None else _early.ancestors
 
     @property
@@ -294,7 +330,9 @@ class StopWatch:
         """Whether this rank was asked to stop; other ranks may not have been."""
         if not self._reason:
             if rank() == 0 and self._file.exists():
-                self._reason = _REASONS.index("a file STOP")
+                self._reason = _reason_in(self._file)
+                # Whoever wrote a signal's name has acknowledged it.
+                self._told = self.reason != "a file STOP"
             elif _is_gone(self._ancestors):
                 self._reason = _REASONS.index("the launcher's death")
         return bool(self._reason)
@@ -312,10 +350,13 @@ class StopWatch:
         """
         if not self._agreed:
             asked = self._reason if self.requested else 0
-            self._reason = max(self._reason, int(_all_reduce(asked, "MAX")))
-            self._agreed = bool(self._reason)
+            agreed = int(_all_reduce(asked, "MAX"))
+            # A signal that came while this rank waited for the others stays noted, and is agreed on next time.
+            self._reason = agreed or self._reason
+            self._agreed = bool(agreed)
             if self._agreed and rank() == 0:
-                logger.warning("asked to stop by %s: saving at this step boundary", self.reason)
+                if not self._told:
+                    logger.warning("asked to stop by %s: %s", self.reason, self.then)
                 self._file.unlink(missing_ok=True)
         return self._agreed
 
@@ -331,36 +372,13 @@ class StopWatch:
         self.close()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._reason = self._reason or _REASONS.index(signal.Signals(number).name)
-        if number == signal.SIGINT:
+        self._told = True
+        if not self._reason:
+            self._reason = _heard(number, self.then)
+        elif number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _is_launched() -> bool:
     """Whether a launcher started this process: it alone sets ``MASTER_ADDR``."""
     return "MASTER_ADDR" in os.environ
-
-
-def _launcher_processes() -> list[int]:
-    """Process ids above this one that belong to the launcher, nearest first.
-
-    The parent always does. Above it the deepspeed launcher has one more, its runner, whose death leaves the parent and
-    the ranks alive; what stands above other launchers is the user's shell, which may go.
-    """
-    parent = os.getppid()
-    try:
-        command = Path(f"/proc/{parent}/cmdline").read_bytes()
-        # After the command's name, which may hold spaces and brackets: state, parent (proc(5)).
-        above = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, ValueError, IndexError):
-        return [parent]
-    return [parent, above] if b"deepspeed.launcher.launch" in command else [parent]
-
-
-def _signal_on_parent_death(number: int) -> None:
-    """Ask the kernel for a signal when the parent dies (prctl(2)); only Linux knows how, others go by ``getppid``."""
-    import ctypes
-
-    prctl = getattr(ctypes.CDLL(None, use_errno=True), "prctl", None)
-    if prctl is not None:
-        prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)

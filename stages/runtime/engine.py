@@ -106,7 +106,7 @@ class TrainingEngine:
     def save(self, directory: Path) -> None:
         """Write weights, optimizer and this rank's random states; collective."""
         self._engine.save_checkpoint(str(directory), tag=TAG, save_latest=False)
-        save_file(rng.capture(), directory / _random_states())
+        save_file(rng.capture(), directory / random_states_file())
 
     def load(self, directory: Path) -> None:
         """Read what ``save`` wrote; collective. The folder was verified before.
@@ -117,7 +117,7 @@ class TrainingEngine:
         path, _ = self._engine.load_checkpoint(str(directory), tag=TAG, load_lr_scheduler_states=False)
         if path is None:
             raise CheckpointError(f"{directory} holds no engine state; use another checkpoint")
-        rng.restore(load_file(directory / _random_states()))
+        rng.restore(load_file(directory / random_states_file()))
 
     def weight_decay_by_parameter(self) -> dict[str, float]:
         """The decay that the optimizer applies to each trainable parameter, read off the engine's own groups."""
@@ -133,6 +133,8 @@ class TrainingEngine:
         faults = []
         decay = self.weight_decay_by_parameter()
         for name, parameter in self.model.named_parameters():
+            if not parameter.is_floating_point():
+                continue  # Packed codes of a quantised weight, which is frozen.
             stored = getattr(parameter, "ds_tensor", parameter).dtype
             carried = getattr(parameter, "comm_dtype", stored)
             if {stored, carried} != {torch.float32}:
@@ -175,5 +177,6 @@ class TrainingEngine:
         return value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
 
-def _random_states() -> str:
+def random_states_file() -> str:
+    """Name of the file in which this rank's random states are kept."""
     return f"rng-{distributed.rank():05d}.safetensors"

@@ -44,7 +44,15 @@ class Evaluation:
         }
 
 
-def evaluate(forward: Forward, heldout: Any, *, seq_len: int, rows: int, device: torch.device) -> Evaluation:
+def evaluate(
+    forward: Forward,
+    heldout: Any,
+    *,
+    seq_len: int,
+    rows: int,
+    device: torch.device,
+    between: Callable[[int], None] = lambda documents: None,
+) -> Evaluation:
     """Score every held-out window; collective, since under ZeRO-3 each forward is.
 
     Batches are dealt out to the ranks in turn and every window's sum is brought together before any of them are added
@@ -56,9 +64,12 @@ def evaluate(forward: Forward, heldout: Any, *, seq_len: int, rows: int, device:
         seq_len: T, longest window in tokens.
         rows: R, windows a forward.
         device: where the ranks' sums are exchanged.
+        between: called on all ranks after each hand of batches with the number of documents begun so far; what it
+            raises ends the evaluation.
     """
     languages: list[str] = []
     sums: list[torch.Tensor] = []
+    begun: set[int] = set()
     with rng.undisturbed(), torch.no_grad():
         for dealt in _deal(heldout.batches(seq_len, rows)):
             mine = distributed.rank() if distributed.rank() < len(dealt) else 0
@@ -67,6 +78,8 @@ def evaluate(forward: Forward, heldout: Any, *, seq_len: int, rows: int, device:
                 languages += batch.language
                 is_mine = number == distributed.rank()
                 sums.append(scored if is_mine else torch.zeros(len(batch.language), 3, dtype=torch.float64))
+                begun.update(batch.document)
+            between(len(begun))
     return _evaluation(heldout.hash, languages, _combined(torch.cat(sums), device))
 
 

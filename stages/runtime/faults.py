@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import os
 import shutil
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 from data.corpus import CorpusError
 from data.errors import DataError
 from data.fetch import FetchError
-from stages.base import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_SAVED, ConfigError, StopRequested
+from stages.base import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_SAVED, ConfigError, Fault, StopRequested
 from stages.runtime.artifact import ArtifactError
 from stages.runtime.manifest import CheckpointError
 from stages.runtime.scrub import environment_secrets, scrub_text
@@ -59,6 +62,17 @@ def is_refusal(error: BaseException) -> bool:
     return isinstance(error, ConfigError | DataError)
 
 
+@contextlib.contextmanager
+def faults_of(stage: str) -> Iterator[None]:
+    """Give faults the dotted path that the user would write: the stage's name before the field's."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(
+            [Fault(f"{stage}.{fault.path}".rstrip("."), fault.message, fault.line) for fault in error.faults]
+        ) from error
+
+
 def _ending(error: BaseException, name: str, directory: Path) -> Ending:
     if isinstance(error, StopRequested):
         reason = f" ({error})" if str(error) else ""
@@ -99,6 +113,9 @@ def _plain_text(error: BaseException, directory: Path) -> str | None:
         return f"no space left on the disk of {directory} ({free} bytes free): {error}; make room and start again"
     if isinstance(error, MemoryError):
         return f"out of memory: {error}; close other programs or give the stage less at a time, and start again"
+    if type(error).__name__ == "DistNetworkError" and "EADDRINUSE" in str(error):
+        port = os.environ.get("MASTER_PORT", "?")
+        return f"the launcher's port {port} is taken by another run; give deepspeed a free one with --master_port"
     if type(error).__name__ == "OutOfMemoryError":
         return f"out of GPU memory: {error}; lower micro_batch_size (the result stays the same) or raise the ZeRO stage"
     return None

@@ -126,7 +126,7 @@ def follow(stage: Stage, job: Job, around: Surroundings) -> int:
             # Every rank of this machine is given the same, and rank 0 says it.
             return ending.code
         if ending.state == "failed":
-            for line in [*ending.lines, ending.traceback]:
+            for line in [*ending.lines, "" if ending.quiet else ending.traceback]:
                 print(f"rank {distributed.rank()}: {line}\n" if line else "", end="", file=sys.stderr)
         else:
             _part()
@@ -273,7 +273,10 @@ def _run(stage: Stage, context: StageContext) -> StageResult:
 
 @contextlib.contextmanager
 def _stop_on_signals() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 raise ``StopRequested``: a data stage keeps its work in files and goes on from them."""
+    """A signal to stop raises ``StopRequested``: a data stage keeps its work in files and goes on from them.
+
+    A second SIGINT interrupts whatever is left to do.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -284,9 +287,11 @@ def _stop_on_signals() -> Iterator[None]:
             # A forked worker inherits the handler; for it the signal means what it always meant.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         raise StopRequested(signal.Signals(number).name)
 
-    old = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    old = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         yield
     finally:
@@ -324,10 +329,16 @@ def _close(job: Job, record: dict[str, Any], tracker: Any, ending: Ending) -> in
     if tracker is not None:
         _finish_tracker(tracker, ending.state)
     if code == EXIT_DONE:
+        _remove_work(job)
         print(f"{job.name}: done in {record['elapsed_s']:.1f} s, {artifact.shown(job.directory)}")
     if code == EXIT_SAVED:
         _part()
     return code
+
+
+def _remove_work(job: Job) -> None:
+    """What a finished stage would have gone on from is of no use any more; it may be larger than the result."""
+    shutil.rmtree(job.directory / "work", ignore_errors=True)
 
 
 def _finish_tracker(tracker: Any, state: str) -> None:

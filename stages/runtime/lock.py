@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from stages.runtime.artifact import now
+from stages.runtime.artifact import now, shown
 
 LOCK = ".lock"
 
@@ -32,10 +32,7 @@ def hold(directory: Path) -> Iterator[None]:
     # Never unlinked: a file deleted under a waiting opener would let two runs hold two different locks.
     with open(directory / LOCK, "a+", encoding="utf-8") as file:
         if not _taken(file):
-            file.seek(0)
-            raise ArtifactBusyError(
-                f"{directory} is being worked on by {_holder(file.read())}; wait for it, or stop it"
-            )
+            raise ArtifactBusyError(_busy(directory, file))
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now()}))
         file.flush()
@@ -43,6 +40,20 @@ def hold(directory: Path) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
+
+
+def busy(directory: Path) -> str | None:
+    """Why ``hold`` would refuse now, or None; nothing is held, and nothing made."""
+    try:
+        with open(directory / LOCK, "r+", encoding="utf-8") as file:
+            return None if _taken(file) else _busy(directory, file)
+    except OSError:
+        return None
+
+
+def _busy(directory: Path, file: IO[str]) -> str:
+    file.seek(0)
+    return f"{shown(directory)} is being worked on by {_holder(file.read())}; wait for it, or stop it"
 
 
 def _taken(file: IO[str]) -> bool:

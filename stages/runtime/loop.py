@@ -57,6 +57,8 @@ class TrainState:
     best_step: int | None = None
     seconds: float = 0.0
     weights_before: list[float] = dataclasses.field(default_factory=list)
+    evaluation_due: bool = False
+    """Whether this step's evaluation was broken off by a request to stop, and comes first when the run goes on."""
 
     @property
     def final_loss(self) -> float:
@@ -78,7 +80,8 @@ class TrainLoop:
     Args:
         engine: takes micro-batches and steps.
         batch: ``(step, rows)`` to a NamedTuple of tensors with ``labels``; a pure function.
-        evaluate: measures the model as it is; its dictionary holds ``bpb``.
+        evaluate: measures the model as it is; its dictionary holds ``bpb``. It raises ``StopRequested`` on all ranks
+            when it was broken off by a request to stop.
         store: where checkpoints go; ``facts`` (plain JSON) are kept with each.
         tracker: ``log(event, step, values)``.
         watch: knows whether the run was asked to stop.
@@ -121,9 +124,12 @@ class TrainLoop:
         if self.watch.agreed():
             # Nothing to save: what stands here is a checkpoint's content, or what the recipe makes anew.
             raise StopRequested(f"at step {self.state.step}, asked to stop by {self.watch.reason}")
+        if self.state.evaluation_due:
+            self._evaluate_at_boundary()
         self.progress.resume_clock()
+        self.watch.then = "saving after this step"
         while self.state.step < self.settings.max_steps:
-            with _one_line_when_out_of_memory(self.settings.micro_batch_size):
+            with one_line_when_out_of_memory(self.settings.micro_batch_size):
                 self._train_step()
             self._at_boundary()
         self.save()
@@ -193,7 +199,7 @@ class TrainLoop:
         is_last = step == settings.max_steps
         paused = False
         if _due(step, settings.eval_every_steps) and not is_last:
-            self.log_evaluation()
+            self._evaluate_at_boundary()
             paused = True
         if _due(step, settings.checkpoint_every_steps) or step == settings.pin_at_step:
             self.save()
@@ -203,6 +209,16 @@ class TrainLoop:
             raise StopRequested(f"saved at step {step}, asked to stop by {self.watch.reason}")
         if paused:
             self.progress.resume_clock()
+
+    def _evaluate_at_boundary(self) -> None:
+        """Evaluate between two steps; when asked to stop meanwhile, save first, and evaluate when the run goes on."""
+        self.state.evaluation_due = True
+        try:
+            self.log_evaluation()
+        except StopRequested:
+            self.save()
+            raise StopRequested(f"saved at step {self.state.step}, asked to stop by {self.watch.reason}") from None
+        self.state.evaluation_due = False
 
     def _log(self, lr: float, grad_norm: float) -> None:
         state, step = self.state, self.state.step
@@ -237,7 +253,7 @@ def _due(step: int, every: int) -> bool:
 
 
 @contextlib.contextmanager
-def _one_line_when_out_of_memory(micro_batch_size: int) -> Iterator[None]:
+def one_line_when_out_of_memory(micro_batch_size: int) -> Iterator[None]:
     """Turn running out of memory into one line that names the field to lower."""
     try:
         yield

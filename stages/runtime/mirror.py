@@ -7,11 +7,13 @@ would record of itself (code, git diff, argv, requirements, console) is switched
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import hashlib
 import logging
 import netrc
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -145,6 +147,8 @@ class WandbMirror:
         except Exception as error:
             self.failure = " ".join(f"{type(error).__name__}: {error}".split())
             self._run = None
+            # Registered after W&B's own hook, and so called before it.
+            atexit.register(_silence_wandb_at_exit)
             logger.warning(
                 "W&B mirror stopped (%s); metrics.jsonl goes on; run.py --sync brings it to W&B later", self.failure
             )
@@ -181,11 +185,21 @@ class WandbMirror:
     def _artifact(self, name: str, kind: str, path: Path, metadata: Mapping[str, Any]) -> Any:
         import wandb
 
-        artifact = wandb.Artifact(safe_name(name), type=safe_name(kind), metadata=dict(metadata))
+        artifact = wandb.Artifact(safe_name(name), type=safe_name(kind), metadata=described(metadata))
         # Of engine state, gigabytes every few minutes, the manifest stands for all: it holds every file's SHA-256.
         referenced = Path(path) / MANIFEST if kind == CHECKPOINT else Path(path)
         artifact.add_reference(f"file://{referenced.resolve()}", checksum=True)
         return artifact
+
+
+def described(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """``metadata`` with figures of groups (``margin_nats/de``) together under ``by_group``.
+
+    W&B refuses an artifact with more than 100 keys; a stage that scores many groups has more figures than that.
+    """
+    grouped = {name: value for name, value in metadata.items() if "/" in name}
+    plain = {name: value for name, value in metadata.items() if name not in grouped}
+    return {**plain, "by_group": grouped} if grouped else plain
 
 
 def keep_inside(directory: Path) -> None:
@@ -209,3 +223,18 @@ def discreet_settings() -> dict[str, Any]:
         "init_timeout": INIT_TIMEOUT_S,
         "finish_timeout_raises": True,
     }
+
+
+def _silence_wandb_at_exit() -> None:
+    """Its failure was told; a service that died with the launcher is no traceback at the end of the console."""
+    told = sys.unraisablehook
+
+    def hook(fault: sys.UnraisableHookArgs) -> None:
+        at = fault.exc_traceback
+        while at is not None and at.tb_next is not None:
+            at = at.tb_next
+            if f"{os.sep}wandb{os.sep}" in at.tb_frame.f_code.co_filename:
+                return
+        told(fault)
+
+    sys.unraisablehook = hook

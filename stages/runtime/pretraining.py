@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,19 +15,21 @@ from data.errors import DataError
 from data.heldout import HeldoutSet
 from data.loader import MixtureLoader
 from model import cost, init
+from model.block import compile_parts
 from model.config import HybridConfig
 from model.lm import HybridForCausalLM, model_backends
-from stages.base import ConfigError, Fault, StageContext, StageResult
+from stages.base import ConfigError, Fault, StageContext, StageResult, StopRequested
 from stages.runtime import distributed, ds_config, rng, settings, warm_start
 from stages.runtime.audit import TrainingRecord, audit
 from stages.runtime.checkpoint import CheckpointStore, load_weights, save_weights
 from stages.runtime.engine import TrainingEngine, prepare_environment
 from stages.runtime.evaluation import evaluate
+from stages.runtime.faults import faults_of
 from stages.runtime.guards import StepGuard
 from stages.runtime.loop import LoopSettings, TrainLoop
 from stages.runtime.manifest import MANIFEST
 from stages.runtime.optimizer import adamw, embedding_parameters, parameter_groups
-from stages.runtime.progress import Progress, peak_flops
+from stages.runtime.progress import EvaluationProgress, Progress, count_of, peak_flops
 from stages.runtime.schedule import lr_at, same_path
 
 CHECKPOINTS = "checkpoints"
@@ -53,17 +53,26 @@ class Pretraining:
         prepare_environment()
         transformers.utils.logging.disable_progress_bar()
         distributed.init_process_group()
-        # Data and engine take minutes at full size: a request meanwhile is honoured before the first step.
-        with distributed.StopWatch(self.context.directory) as watch:
-            with _faults_of(self.context.name):
+        with distributed.StopWatch(self.context.directory) as self.watch:
+            self.watch.then = "ending before the first step"
+            # Data and engine take minutes at full size, so a request is honoured between them too.
+            self._stop_if_asked()
+            with faults_of(self.context.name):
                 self._check_engine()
                 self._open_data()
+            self._stop_if_asked()
             self._build()
-            loop = self._loop(watch)
-            with _faults_of(self.context.name):
+            loop = self._loop(self.watch)
+            self._stop_if_asked()
+            with faults_of(self.context.name):
                 self._resume(loop)
             loop.run()
             return self._finish(loop)
+
+    def _stop_if_asked(self) -> None:
+        """Where nothing is to be saved, since all that was done is to read; collective."""
+        if self.watch.agreed():
+            raise StopRequested(f"before the first step of this attempt, asked to stop by {self.watch.reason}")
 
     def _check_engine(self) -> None:
         config = self.config
@@ -122,7 +131,7 @@ class Pretraining:
             exempt=init.no_decay,
         )
         if config.compile:
-            self.model.compile()
+            compile_parts(self.model)
         optimizer = adamw(groups, betas=config.betas, eps=config.eps)
         self.engine = TrainingEngine(self.model, optimizer, self.engine_config)
         self.engine.assert_precision(islands, undecayed)
@@ -213,8 +222,9 @@ class Pretraining:
     def _check_shape(self, step: int, saved: dict[str, Any]) -> None:
         faults = []
         if saved["world_size"] != distributed.world_size():
-            ranks = f"was saved by {saved['world_size']} ranks and loads on as many; got {distributed.world_size()}"
-            faults.append(Fault("", f"the checkpoint of step {step} {ranks}; start {saved['world_size']} ranks"))
+            wanted = count_of(saved["world_size"], "rank")
+            message = f"was saved by {wanted} and loads on as many; got {distributed.world_size()}; start {wanted}"
+            faults.append(Fault("", f"the checkpoint of step {step} {message}"))
         if saved["zero_stage"] != self.engine.zero_stage:
             stage = f"was saved under ZeRO-{saved['zero_stage']}; got {self.config.deepspeed}"
             faults.append(
@@ -227,20 +237,30 @@ class Pretraining:
         config = self.config
         count = cost.count_parameters(self.spec)
         tokens = config.max_steps * config.global_batch_size * config.seq_len
+        ranks = count_of(distributed.world_size(), "rank")
         progress.say(
             f"{count.total:,} parameters, {tokens:,} tokens in {config.max_steps:,} steps of "
-            f"{config.global_batch_size} x {config.seq_len}, {distributed.world_size()} ranks, {config.deepspeed}, "
-            f"{config.precision}; {self.start_line}"
+            f"{config.global_batch_size} x {config.seq_len}, {ranks}, {config.deepspeed}, {config.precision}; "
+            f"{self.start_line}"
         )
         for name, figures in self.mixture.items():
             progress.say(
                 f"  source {name}: share {figures['share_realised']:.2%} (asked {figures['share_asked']:.2%}), "
                 f"{figures['tokens']:,.0f} tokens, {figures['epochs']:.2f} epochs"
             )
-        for line in model_backends(self.model):
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        for line in model_backends(self.model, dtype):
             progress.say(f"  {line}")
 
     def _evaluate(self) -> dict[str, Any]:
+        """Measure the model; raises ``StopRequested`` on all ranks when asked to stop between two windows."""
+        progress = EvaluationProgress(self.heldout.n_documents, quiet=distributed.rank() != 0)
+
+        def between(documents: int) -> None:
+            progress.at(documents)
+            if self.watch.agreed():
+                raise StopRequested(f"in an evaluation, asked to stop by {self.watch.reason}")
+
         self.model.eval()
         try:
             result = evaluate(
@@ -249,6 +269,7 @@ class Pretraining:
                 seq_len=self.config.seq_len,
                 rows=self.config.eval_batch_size,
                 device=self.engine.device,
+                between=between,
             )
         finally:
             self.model.train()
@@ -256,6 +277,7 @@ class Pretraining:
 
     def _finish(self, loop: TrainLoop) -> StageResult:
         started = time.monotonic()
+        self.watch.then = "ending between two windows of the final evaluation; training is saved"
         evaluation = loop.log_evaluation()
         record = TrainingRecord(
             steps_applied=loop.guard.taken,
@@ -331,14 +353,3 @@ class Pretraining:
         if parent and not same_set:
             lines.append("  the parent was measured on another held-out set: not compared")
         return lines
-
-
-@contextlib.contextmanager
-def _faults_of(stage: str) -> Iterator[None]:
-    """Give faults the dotted path that the user would write: the stage's name before the field's."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(
-            [Fault(f"{stage}.{fault.path}".rstrip("."), fault.message, fault.line) for fault in error.faults]
-        ) from error

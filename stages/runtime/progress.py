@@ -97,6 +97,32 @@ class Progress:
             print(text, file=self.stream or sys.stdout, flush=True)
 
 
+@dataclasses.dataclass
+class EvaluationProgress:
+    """A line every ``every_s`` seconds of an evaluation over ``documents``; a short one says nothing."""
+
+    documents: int
+    quiet: bool
+    every_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        self._started = self._said = time.monotonic()
+
+    def at(self, documents: int) -> None:
+        """Note that so many documents have been begun."""
+        now = time.monotonic()
+        if self.quiet or now - self._said < self.every_s or not documents:
+            return
+        self._said = now
+        left = (now - self._started) * (self.documents - documents) / documents
+        print(f"  evaluating: {documents:,} of {self.documents:,} documents, ETA {duration(left)}", flush=True)
+
+
+def count_of(number: int, what: str) -> str:
+    """``1 rank``, ``2 ranks``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def duration(seconds: float) -> str:
     """``42s``, ``3m05s``, ``2h07m`` or ``3d04h``."""
     whole = round(seconds)

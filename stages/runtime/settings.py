@@ -13,30 +13,35 @@ from stages.runtime.schedule import decay_start
 
 
 def faults(config: Any, model: ModelSpec | None) -> list[Fault]:
-    """Every fault between fields of a training config, and between them and the model; none needs a device."""
-    found = _schedule_faults(config)
-    if model is None:
-        found.append(Fault("kind", "needs the recipe's model section; got none; write one"))
-    elif config.seq_len > model.max_seq_len:
-        message = f"must be at most model.max_seq_len {model.max_seq_len}; got {config.seq_len}; set one or the other"
-        found.append(Fault("seq_len", message))
-    if config.global_batch_size % config.micro_batch_size:
-        # What divides the rows of a rank divides those of all ranks, so no number of ranks could do.
-        allowed = [size for size in range(1, config.global_batch_size + 1) if config.global_batch_size % size == 0]
-        message = f"must divide global_batch_size {config.global_batch_size}; got {config.micro_batch_size}"
-        found.append(Fault("micro_batch_size", f"{message}; set one of {allowed}"))
+    """Every fault between fields of a pretraining config, and between them and the model; none needs a device."""
+    found = training_faults(config, model, "seq_len")
     for source, weight in (config.mixture or {}).items():
         if weight < 0:
             found.append(Fault(f"mixture.{source}", f"must be 0 or more; got {weight}; set its share of tokens"))
     if config.rewarm and config.from_ is None:
         found.append(Fault("rewarm", "means something with `from` only; got true and no `from`; remove it"))
+    return found
+
+
+def training_faults(config: Any, model: ModelSpec | None, length: str) -> list[Fault]:
+    """Faults of the fields that every training stage has; ``length`` names the one with the longest sequence."""
+    found = schedule_faults(config)
+    longest = getattr(config, length)
+    if model is not None and longest > model.max_seq_len:
+        message = f"must be at most model.max_seq_len {model.max_seq_len}; got {longest}; set one or the other"
+        found.append(Fault(length, message))
+    if config.global_batch_size % config.micro_batch_size:
+        # What divides the rows of a rank divides those of all ranks, so no number of ranks could do.
+        allowed = [size for size in range(1, config.global_batch_size + 1) if config.global_batch_size % size == 0]
+        message = f"must divide global_batch_size {config.global_batch_size}; got {config.micro_batch_size}"
+        found.append(Fault("micro_batch_size", f"{message}; set one of {allowed}"))
     return found + _engine_faults(config)
 
 
 def device_faults(config: Any, world_size: int | None, has_gpu: bool | None) -> list[Fault]:
     """What of a training config does not fit ``world_size`` ranks, or a machine without GPUs; None asks neither."""
     facts = ds_config.engine_facts(config.deepspeed)
-    found = ds_config.combination_faults(facts, name=config.deepspeed, compile_model=config.compile, has_gpu=has_gpu)
+    found = ds_config.combination_faults(facts, name=config.deepspeed, compile_model=_compiles(config), has_gpu=has_gpu)
     if world_size is None:
         return found
     try:
@@ -67,22 +72,28 @@ def mixture_faults(mixture: Mapping[str, float] | None, sources: Sequence[str]) 
     return found
 
 
-def plan(config: Any, model: ModelSpec | None, world_size: int) -> dict[str, Any]:
-    """Tokens, exact parameters, FLOPs, peak bytes of a device, and bytes on disk."""
+def plan(
+    config: Any, model: ModelSpec | None, world_size: int, *, length: int, tokens_per_step: int | None = None
+) -> dict[str, Any]:
+    """Tokens (at most), exact parameters, FLOPs, peak bytes of a device, and bytes on disk.
+
+    ``length`` is that of the longest sequence in tokens; ``tokens_per_step`` is ``global_batch_size * length`` where it
+    is not given.
+    """
     from model import cost
 
     assert model is not None, "check() refuses a recipe without a model"
     facts = ds_config.engine_facts(config.deepspeed)
-    stage, offload = ds_config.zero_stage(facts), ds_config.offloads(facts)
-    tokens = config.max_steps * config.global_batch_size * config.seq_len
+    stage = ds_config.zero_stage(facts)
+    tokens = config.max_steps * (tokens_per_step or config.global_batch_size * length)
     memory = cost.memory_per_gpu(
         model,
         zero_stage=stage,
         world_size=world_size,
         micro_batch_size=config.micro_batch_size,
-        seq_len=config.seq_len,
+        seq_len=length,
         precision=config.precision,
-        offload=offload,
+        offload=ds_config.offloads(facts),
         activation_checkpointing=config.activation_checkpointing,
     )
     checkpoint = cost.checkpoint_bytes(model, zero_stage=stage)
@@ -91,7 +102,7 @@ def plan(config: Any, model: ModelSpec | None, world_size: int) -> dict[str, Any
     return {
         "tokens": tokens,
         "parameters": cost.count_parameters(model).total,
-        "training_flops": tokens * cost.training_flops_per_token(model, config.seq_len),
+        "training_flops": tokens * cost.training_flops_per_token(model, length),
         "memory_per_gpu_bytes": memory.total_bytes,
         "checkpoint_bytes": checkpoint,
         "disk_bytes": kept * checkpoint + cost.weights_file_bytes(model),
@@ -103,7 +114,8 @@ def pin_step(config: Any) -> int | None:
     return decay_start(config.schedule, config.max_steps) if config.schedule.kind == "wsd" else None
 
 
-def _schedule_faults(config: Any) -> list[Fault]:
+def schedule_faults(config: Any) -> list[Fault]:
+    """Warm-up and decay that do not fit into ``max_steps``."""
     schedule, steps = config.schedule, config.max_steps
     found = []
     if schedule.warmup_steps >= steps:
@@ -123,4 +135,9 @@ def _engine_faults(config: Any) -> list[Fault]:
         facts = ds_config.engine_facts(config.deepspeed)
     except ConfigError as error:
         return error.faults
-    return ds_config.combination_faults(facts, name=config.deepspeed, compile_model=config.compile, has_gpu=None)
+    return ds_config.combination_faults(facts, name=config.deepspeed, compile_model=_compiles(config), has_gpu=None)
+
+
+def _compiles(config: Any) -> bool:
+    """Whether the stage compiles its model; fine-tuning never does."""
+    return getattr(config, "compile", False)

@@ -9,12 +9,11 @@ from typing import Any
 
 from data.shards import read_info
 from model.spec import ModelSpec
-from stages.base import Fault
+from stages.base import Fault, without_operational
 from stages.runtime.artifact import read_record
 
 FREE_FIELDS = ("max_seq_len", "initializer_range")
 """Fields of the model that may differ from the parent's: they change no weight's meaning."""
-FREE_MIXER_FIELDS = ("chunk_size", "backend")
 
 
 def parent_metrics(parent: Path) -> dict[str, Any]:
@@ -92,6 +91,7 @@ def _rate(lr: float | None) -> str:
 def _meaning(spec: ModelSpec) -> dict[str, Any]:
     plain = spec.model_dump(exclude=set(FREE_FIELDS) | {"layers", "mixers"})
     for number, mixer in enumerate(spec.layer_mixers):
-        for name, value in mixer.model_dump(exclude=set(FREE_MIXER_FIELDS)).items():
+        # What says how to compute and never what is marked so in the spec.
+        for name, value in without_operational(mixer).items():
             plain[f"layers[{number}].{name}"] = value
     return plain

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.tokenizer import INFO_FILE, TOKEN_BYTES_FILE, TOKENIZER_FILES
 from stages.runtime import distributed
 from stages.runtime.manifest import MANIFEST, CheckpointError, verify_manifest
 
@@ -97,9 +98,10 @@ def _write(directory: Path, model: Any, state: dict[str, torch.Tensor], tokenize
     for path in directory.glob("*.safetensors"):
         # safetensors writes for the owner alone; a server under another user must be able to read a model.
         path.chmod((directory / "config.json").stat().st_mode)
-    _compare(directory, state, _tied_names(model))
     if tokenizer_dir is not None:
         _copy_tokenizer(tokenizer_dir, directory)
+    # Last, so that whatever came to lie there is compared.
+    _compare(directory, state, _tied_names(model))
     licence = REPOSITORY / LICENSE
     if not licence.is_file():
         raise CheckpointError(f"{licence} is missing and must accompany every copy of the weights; restore it")
@@ -109,9 +111,10 @@ def _write(directory: Path, model: Any, state: dict[str, torch.Tensor], tokenize
 def _copy_tokenizer(source: Path, directory: Path) -> None:
     if not (source / "tokenizer_config.json").is_file():
         raise CheckpointError(f"{source} must hold a tokenizer; got no tokenizer_config.json; run the tokenizer stage")
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.name not in (MANIFEST, "config.json"):
-            shutil.copyfile(path, directory / path.name)
+    # By name: a parent's folder holds its weights too, and they must not come along.
+    for name in (*TOKENIZER_FILES, INFO_FILE, TOKEN_BYTES_FILE):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
 
 
 def _compare(directory: Path, state: dict[str, torch.Tensor], tied: set[str]) -> None:

@@ -1,0 +1,1 @@
+"""Kernels of other packages behind the mixers: what each takes, whether it is here, and how it is called."""

@@ -1,0 +1,124 @@
+"""One evaluation: each suite in turn, its result kept in a file, and then the three files of the output.
+
+Nothing of time, place or machine is written, so that two evaluations of one model are equal byte for byte (TRAPS M2).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from stages.base import StageContext, StageResult
+from stages.runtime import rng
+from stages.runtime.artifact import read_record
+from stages.runtime.manifest import MANIFEST
+from stages.runtime.suites.bench import few_threads, open_bench
+from stages.runtime.suites.registry import SUITES
+from stages.runtime.suites.scores import CONFIDENCE, SuiteResult, content_hash
+
+FORMAT = 1
+SCORES_FILE, ITEMS_FILE, SAMPLES_FILE = "scores.json", "items.json", "samples.json"
+
+
+def evaluate_model(context: StageContext) -> StageResult:
+    """Run the chosen suites and write the output; finished suites of an interrupted run are taken from ``work``."""
+    config = context.config
+    chosen = config.suites.chosen()
+    context.output.mkdir(parents=True, exist_ok=True)
+    context.work.mkdir(parents=True, exist_ok=True)
+    digests = {field: _digest(context.parent_output(field)) for field in context.parents}
+    found: dict[str, dict[str, Any]] = {}
+    with rng.undisturbed():
+        bench = open_bench(
+            context.parent_output("from_"), batch_size=config.batch_size, precision=config.precision,
+            inputs={field: context.parent_output(field) for field in context.parents},
+        )  # fmt: skip
+        with few_threads(bench.model):
+            for name, section in chosen.items():
+                stamp = content_hash([SUITES[name].version, section.model_dump(mode="json"), context.key, digests])
+                found[name] = _result(name, context.work, stamp, functools.partial(SUITES[name].run, bench, section))
+    return _write(context, found)
+
+
+def _result(name: str, work: Path, stamp: str, run: Callable[[], SuiteResult]) -> dict[str, Any]:
+    """The suite's result as plain data, kept from before where the question was the same."""
+    path, started = work / f"{name}.json", time.monotonic()
+    if path.is_file():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["stamp"] == stamp:
+            print(f"{name}: kept from before", flush=True)
+            return dict(stored["result"])
+    # Through JSON, so that a kept result and a new one are the same data.
+    result = json.loads(json.dumps(run().plain()))
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"stamp": stamp, "result": result}), encoding="utf-8")
+    os.replace(partial, path)
+    print(f"{name}: {time.monotonic() - started:.1f} s", flush=True)
+    return dict(result)
+
+
+def _write(context: StageContext, found: Mapping[str, Mapping[str, Any]]) -> StageResult:
+    scores = [score for result in found.values() for score in result["scores"]]
+    samples = [sample for result in found.values() for sample in result["samples"]]
+    parent = read_record(context.parents["from_"]) or {}
+    not_run = [name for name in SUITES if name not in found]
+    content = {
+        "format": FORMAT,
+        "stage": parent.get("stage"),
+        "key": parent.get("key"),
+        "digest": _digest(context.parent_output("from_")),
+        "confidence": CONFIDENCE,
+        "settings": {"batch_size": context.config.batch_size, "precision": context.config.precision},
+        "scores": scores,
+        "not_run": dict.fromkeys(not_run, "not among the recipe's suites"),
+    }
+    prompts = [[sample["id"], sample["prompt"], sample["decoding"]] for sample in samples]
+    _dump(context.output / SCORES_FILE, content)
+    _dump(
+        context.output / ITEMS_FILE, {name: one for result in found.values() for name, one in result["items"].items()}
+    )
+    _dump(context.output / SAMPLES_FILE, {"format": FORMAT, "set_hash": content_hash(prompts), "samples": samples})
+    metrics = _metrics(scores)
+    if metrics:
+        context.tracker.log("scores", 0, metrics)
+    return StageResult(metrics, summary(content, samples))
+
+
+def _metrics(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """Values by name; the held-out set's hash goes with bits per byte (TRAPS M3)."""
+    hashes = {score["set_hash"] for score in scores if score["suite"] == "bpb"}
+    values: dict[str, Any] = {score["name"]: score["value"] for score in scores}
+    return values | ({"heldout_hash": hashes.pop()} if hashes else {})
+
+
+def summary(content: Mapping[str, Any], samples: list[dict[str, Any]]) -> list[str]:
+    """One screen: a line a score with its interval and n, parts by domain left to the files, and the greedy samples."""
+    model = f"{content['stage']}-{str(content['key'])[:8]}"
+    lines = [f"{'score of ' + model:<34} {'value':>9}  {'95% interval':<19} {'unit':<15} {'n':>5}"]
+    for score in content["scores"]:
+        if score["name"].count("/") > 1 and len(score["name"].rpartition("/")[2]) > 2 and score["suite"] == "margins":
+            continue
+        interval = score["interval"]
+        shown = f"[{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "too few for one"
+        tail = f"{score['unit']:<15} {score['n']:>5} {score['n_unit']}"
+        lines.append(f"{score['name']:<34} {score['value']:>9.4f}  {shown:<19} {tail}")
+    for sample in samples:
+        if sample["decoding"]["temperature"] == 0:
+            text = " ".join(sample["completion"].split())
+            lines.append(f"{sample['prompt'][-1]['content']} -> {text[:90]}")
+    return lines
+
+
+def _digest(output: Path) -> str:
+    """What a sealed output is known by: its manifest's SHA-256."""
+    return hashlib.sha256((output / MANIFEST).read_bytes()).hexdigest()
+
+
+def _dump(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1, sort_keys=True) + "\n", encoding="utf-8")

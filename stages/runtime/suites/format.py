@@ -1,0 +1,52 @@
+"""Whether replies end by themselves and keep to the template: behaviour apart from what they say (TRAPS M5)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data.messages import read_messages
+from data.tokenizer import SPECIAL_TOKENS
+from stages.runtime.suites.bench import Bench, Reply, greedy
+from stages.runtime.suites.config import FormatConfig
+from stages.runtime.suites.scores import Items, ScoreSheet, SuiteResult, content_hash
+
+VERSION = 1
+
+
+def run(bench: Bench, config: FormatConfig) -> SuiteResult:
+    """``format/stop_rate``, ``format/template`` and ``format/length`` of greedy replies to held-out conversations."""
+    rows = conversations(bench.inputs["messages"], config.conversations)
+    prompts = bench.prompts("format", [(row["id"], row["messages"]) for row in rows], config.max_new_tokens)
+    kept = {prompt.id for prompt in prompts}
+    rows = [row for row in rows if row["id"] in kept]
+    replies = bench.replies(prompts, config.max_new_tokens)
+    ids, languages = [row["id"] for row in rows], [row["language"] for row in rows]
+    decoding = greedy(config.max_new_tokens)
+    sheet = ScoreSheet("format", VERSION, content_hash(rows), {}, decoding)
+    stopped = Items(ids, [float(reply.stopped) for reply in replies])
+    obeyed = Items(ids, [float(obeys(reply)) for reply in replies])
+    lengths = Items(ids, [float(reply.tokens) for reply in replies])
+    sheet.add_groups("format/stop_rate", stopped, languages, unit="share", better="higher", n_unit="replies")
+    sheet.add("format/template", obeyed, unit="share", better="higher", n_unit="replies")
+    sheet.add("format/length", lengths, unit="tokens", better="none", n_unit="replies")
+    return sheet.result()
+
+
+def obeys(reply: Reply) -> bool:
+    """Whether a reply is one turn of visible text that ends its turn, without a special token or one spelled out."""
+    spelled = any(special in reply.text for special in SPECIAL_TOKENS)
+    return reply.stopped and reply.is_clean and bool(reply.text.strip()) and not spelled
+
+
+def conversations(messages_dir: Path, per_language: int | None) -> list[Mapping[str, Any]]:
+    """The held-out conversations with the lowest ids of each language, up to their last reply, which is left off."""
+    taken: Counter[str] = Counter()
+    kept: list[Mapping[str, Any]] = []
+    for row in sorted(read_messages(messages_dir, "heldout"), key=lambda row: row["id"]):
+        taken[row["language"]] += 1
+        if per_language is None or taken[row["language"]] <= per_language:
+            kept.append({**row, "messages": row["messages"][:-1]})
+    return kept

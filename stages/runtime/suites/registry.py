@@ -1,0 +1,28 @@
+"""The suites by name; a new one is one file here, its section in ``config`` and one line below."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from stages.runtime.suites import bpb, format, harness, margins, reasoning, safety, samples
+from stages.runtime.suites.bench import Bench
+from stages.runtime.suites.scores import SuiteResult
+
+
+class Suite(NamedTuple):
+    """How a suite is run; ``version`` and ``Evaluate.code_version`` are raised when a model would get another score."""
+
+    run: Callable[[Bench, Any], SuiteResult]
+    version: int
+
+
+SUITES: dict[str, Suite] = {
+    "bpb": Suite(bpb.run, bpb.VERSION),
+    "margins": Suite(margins.run, margins.VERSION),
+    "reasoning": Suite(reasoning.run, reasoning.VERSION),
+    "safety": Suite(safety.run, safety.VERSION),
+    "format": Suite(format.run, format.VERSION),
+    "samples": Suite(samples.run, samples.VERSION),
+    "harness": Suite(harness.run, harness.VERSION),
+}

@@ -1,0 +1,53 @@
+"""Refusal of harmful prompts and over-refusal of benign look-alikes, never averaged (TRAPS M8)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data.preferences_replies import is_refusal
+from stages.runtime.suites.bench import Bench, greedy
+from stages.runtime.suites.config import SafetyConfig
+from stages.runtime.suites.scores import Items, ScoreSheet, SuiteResult, content_hash
+
+VERSION = 1
+NAMES = {"harmful": ("safety/refusal", "higher"), "benign": ("safety/over_refusal", "lower")}
+"""Score and which way is better, by the prompts' category."""
+
+
+def run(bench: Bench, config: SafetyConfig) -> SuiteResult:
+    """``safety/refusal`` on harmful prompts, ``safety/over_refusal`` on benign ones, both whole and by language."""
+    rows = held_out_prompts(bench.inputs["preferences"], config.prompts)
+    prompts = bench.prompts("safety", [(row["id"], row["prompt"]) for row in rows], config.max_new_tokens)
+    kept = {prompt.id for prompt in prompts}
+    rows = [row for row in rows if row["id"] in kept]
+    refused = [float(is_refusal(reply.text)) for reply in bench.replies(prompts, config.max_new_tokens)]
+    decoding = greedy(config.max_new_tokens)
+    sheet = ScoreSheet("safety", VERSION, content_hash(rows), {"detector": "stock phrases in en, de, hi"}, decoding)
+    items = Items([row["id"] for row in rows], refused)
+    for category, (name, better) in NAMES.items():
+        mine = [row["category"] == category for row in rows]
+        languages = [row["language"] for row in rows if row["category"] == category]
+        if languages:
+            sheet.add_groups(name, items.only(mine), languages, unit="share", better=better, n_unit="prompts")
+    return sheet.result()
+
+
+def held_out_prompts(preferences_dir: Path, per_group: int | None) -> list[Mapping[str, Any]]:
+    """Each held-out prompt once, ``per_group`` of each category and language with the lowest ids."""
+    by_prompt: dict[str, Mapping[str, Any]] = {}
+    with (preferences_dir / "heldout.jsonl").open("rb") as lines:
+        for line in lines:
+            row = json.loads(line)
+            fields = ("id", "prompt", "category", "language")
+            by_prompt.setdefault(json.dumps(row["prompt"]), {field: row[field] for field in fields})
+    taken: Counter[tuple[str, str]] = Counter()
+    kept = []
+    for row in sorted(by_prompt.values(), key=lambda row: row["id"]):
+        taken[row["category"], row["language"]] += 1
+        if per_group is None or taken[row["category"], row["language"]] <= per_group:
+            kept.append(row)
+    return kept
