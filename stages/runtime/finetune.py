@@ -267,7 +267,8 @@ class Finetuning(ABC):
             f"{config.global_batch_size}, {distributed.world_size()} ranks, {config.deepspeed}, {config.precision}; "
             f"{self.start_line}"
         )
-        for line in [*self.announcement(), *model_backends(self.model)]:
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        for line in [*self.announcement(), *model_backends(self.model, dtype)]:
             say(f"  {line}")
 
     def _finish(self) -> StageResult:
