@@ -1,6 +1,7 @@
 """Settings that every test shares: CPU, one thread, no network, no tracker account."""
 
 import os
+import signal
 
 import pytest
 
@@ -11,6 +12,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ.pop("WANDB_API_KEY", None)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+# A shell starts background jobs with SIGINT ignored, and every child would inherit that: Ctrl-C is tested here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def environment_of_each_file():
+    """Launchers' variables that training libraries set in this process do not reach the next file's children."""
+    kept = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(kept)
 
 
 @pytest.fixture
