@@ -308,3 +308,13 @@ def test_threads_that_the_user_set_are_kept(monkeypatch):
     monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": "7"})
     distributed.settle_threads()
     assert os.environ["OMP_NUM_THREADS"] == "7"
+
+
+def test_an_engine_starts_in_a_process_whose_group_another_start_made():
+    code = (
+        "import os; from stages.runtime import distributed as d; d.init_process_group(); del os.environ['LOCAL_RANK']; "
+        "d.init_process_group(); print('found', os.environ['LOCAL_RANK']); d.close_process_group()"
+    )
+    plain = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=plain)
+    assert "found 0" in run.stdout, run.stderr

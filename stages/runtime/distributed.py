@@ -79,6 +79,9 @@ def init_process_group(timeout: timedelta = TIMEOUT) -> None:
     import deepspeed
     import torch
 
+    if not _is_launched():
+        # The engine reads it at each start, also of a second one in a process whose group stands already.
+        os.environ.setdefault("LOCAL_RANK", "0")
     if torch.distributed.is_initialized():
         return
     gpu = torch.cuda.is_available()
@@ -95,8 +98,7 @@ def init_process_group(timeout: timedelta = TIMEOUT) -> None:
     else:
         if world_size() > 1:
             raise ValueError(f"WORLD_SIZE is {world_size()} but MASTER_ADDR is not set; start through the launcher")
-        # The engine reads LOCAL_RANK; the in-memory store spares a rendezvous over TCP.
-        os.environ.setdefault("LOCAL_RANK", "0")
+        # The in-memory store spares a rendezvous over TCP.
         torch.distributed.init_process_group(
             backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout, **bound
         )
