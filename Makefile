@@ -26,7 +26,8 @@ lint: env  ## ruff and mypy alone
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
 test-floor:  ## the tests on the oldest supported transformers, in an environment of its own
-	@$(MAKE) --no-print-directory test VENV=.venv-floor CONSTRAINTS=constraints-floor.txt
+	@$(MAKE) --no-print-directory env VENV=.venv-floor CONSTRAINTS=constraints-floor.txt
+	@.venv-floor/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 torture: env  ## 60 SIGKILLs, flipped bytes, a full disk; each must end bit-equal
 	@$(RUN) scripts/torture.py $(ARGS)

@@ -6,15 +6,17 @@ import dataclasses
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from data.clean_page import funnel_page
 from data.corpus import SPLITS, DocumentWriter, document_id, write_description
 from data.heldout_split import Split, split_documents
 from data.source_config import HeldoutConfig, Source
 
+FORMAT = 2
 SAMPLES = 3
 SAMPLE_CHARACTERS = 300
 OVERLAP_RULE = "heldout_overlap"
@@ -35,14 +37,35 @@ class Tally:
         self.bytes += len(text.encode())
 
 
+@dataclasses.dataclass
+class Edits:
+    """Documents that an edit changed, and how many changes it made."""
+
+    documents: int = 0
+    edits: int = 0
+
+
 class Funnel:
-    """What came in, what each rule dropped and what stayed, by source, with samples of the dropped."""
+    """What came in, what each rule dropped or altered and what stayed, by source, with samples."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self.read: dict[str, Tally] = {source.name: Tally() for source in sources}
         self.kept: dict[str, dict[str, Tally]] = {source.name: {name: Tally() for name in SPLITS} for source in sources}
         self.dropped: dict[str, dict[str, Tally]] = {source.name: defaultdict(Tally) for source in sources}
+        self.altered: dict[str, dict[str, Edits]] = {source.name: defaultdict(Edits) for source in sources}
         self.samples: list[dict[str, str]] = []
+        self.altered_samples: list[dict[str, str]] = []
+
+    def alter(self, row: dict[str, Any]) -> None:
+        """Count the edits of a document, whether it stays or not; the first few of a source and rule are shown."""
+        source, metadata = row["metadata"]["source"], row["metadata"]
+        for rule, count in metadata.get("edits", {}).items():
+            edits = self.altered[source][rule]
+            edits.documents += 1
+            edits.edits += count
+            if edits.documents <= SAMPLES and (text := metadata["excerpts"].get(rule)):
+                sample = {"source": source, "rule": rule, "origin": metadata["origin"], "text": text}
+                self.altered_samples.append(sample)
 
     def drop(self, row: dict[str, Any], rule: str, detail: str = "") -> None:
         """Count a dropped document; the first few of a source and rule are shown."""
@@ -63,18 +86,24 @@ class Funnel:
                 missing[name] = difference
         return missing
 
-    def report(self) -> dict[str, Any]:
-        """The content of ``report.json``."""
+    def report(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """The content of ``report.json``; ``facts`` say what was decontaminated and how the classifier was chosen."""
         rows = [
             {
                 "source": name,
                 "read": dataclasses.asdict(read),
-                "dropped": {rule: dataclasses.asdict(tally) for rule, tally in sorted(self.dropped[name].items())},
+                "altered": _plain(self.altered[name]),
+                "dropped": _plain(self.dropped[name]),
                 **{split: dataclasses.asdict(tally) for split, tally in self.kept[name].items()},
             }
             for name, read in self.read.items()
         ]
-        return {"format": 1, "funnel": rows, "samples": self.samples}
+        samples = {"samples": self.samples, "altered_samples": self.altered_samples}
+        return {"format": FORMAT, "funnel": rows, **facts, **samples}
+
+
+def _plain(counts: Mapping[str, Tally | Edits]) -> dict[str, dict[str, int]]:
+    return {rule: dataclasses.asdict(one) for rule, one in sorted(counts.items())}
 
 
 def write_corpus(
@@ -82,12 +111,13 @@ def write_corpus(
     config: HeldoutConfig,
     read_rows: Rows,
     folders: tuple[Path, Path, Sequence[Path]],
+    facts: Mapping[str, Any],
     output: Path,
 ) -> list[dict[str, Any]]:
     """Split the surviving documents and write the corpus with its report; what ``corpus.json`` says of each source.
 
     ``folders`` holds the raw shards, the surviving shards and the folders of dropped documents; ``read_rows`` reads one
-    shard. The result is the list that ``data.corpus.sources`` gives back.
+    shard; ``facts`` go into the report as they are. The result is the list that ``data.corpus.sources`` gives back.
     """
     raw, survivors, dropped = folders
     funnel = Funnel(sources)
@@ -95,7 +125,10 @@ def write_corpus(
         funnel.read[row["metadata"]["source"]].add(row["text"])
     for folder in dropped:
         for row in _rows(folder, read_rows):
-            funnel.drop(row, row["metadata"].get("filter_reason") or f"duplicate_{folder.name}")
+            metadata = row["metadata"]
+            funnel.alter(row)
+            reason = metadata.get("filter_reason") or f"duplicate_{folder.name}"
+            funnel.drop(row, reason, metadata.get("detail", ""))
 
     def documents() -> Iterator[tuple[str, str, str]]:
         for row in _rows(survivors, read_rows):
@@ -104,8 +137,9 @@ def write_corpus(
     split = split_documents(documents, config)
     _write_documents(sources, split, _rows(survivors, read_rows), funnel, output)
     assert not funnel.unaccounted(), f"documents unaccounted for by source: {funnel.unaccounted()}"
-    report = json.dumps(funnel.report(), ensure_ascii=False, indent=1)
-    (output / "report.json").write_text(report + "\n", encoding="utf-8")
+    report = funnel.report(facts)
+    (output / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    (output / "funnel.html").write_text(funnel_page(report), encoding="utf-8")
     described = [_describe(source, funnel) for source in sources]
     digest = hashlib.sha256("\n".join(sorted(split.heldout)).encode()).hexdigest()
     write_description(output, described, heldout_digest=digest, heldout=config.model_dump())
@@ -129,6 +163,7 @@ def _write_documents(
             for side in SPLITS
         }
         for row in rows:
+            funnel.alter(row)
             name, one = row["metadata"]["source"], document_id(row["text"])
             if shared := split.overlapping.get(one):
                 funnel.drop(row, OVERLAP_RULE, shared)
@@ -145,6 +180,7 @@ def _describe(source: Source, funnel: Funnel) -> dict[str, Any]:
     return {
         "name": source.name,
         "language": source.language,
+        "domain": source.domain,
         "licence": source.licence,
         **{side: dataclasses.asdict(tally) for side, tally in funnel.kept[source.name].items()},
         "dropped": {rule: tally.documents for rule, tally in sorted(funnel.dropped[source.name].items())},

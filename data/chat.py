@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from data.tokenizer import SPECIAL_TOKENS, encode_text, token_byte_strings
+from data.tokenizer import END_OF_TEXT, IM_END, SPECIAL_TOKENS, encode_text, token_byte_strings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +27,9 @@ CHAT_TEMPLATE = (
 """``<|im_start|>role\\ncontent<|im_end|>\\n`` a message; the assistant's content and its end are what is learned."""
 
 ROLES = ("system", "user", "assistant", "tool")
+REPLY_ENDS = (IM_END, END_OF_TEXT)
+"""Tokens of which either ends a reply, wherever one is decoded, rewarded or scored: whoever serves the model stops at
+both. That a turn is closed as the template has it, by the first of them, is another question, the template's."""
 
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _SLOT = re.compile(f"{_OPEN}(\\d+){_CLOSE}")

@@ -1,4 +1,4 @@
-"""Cleaning as a datatrove pipeline: quality rules, exact and near duplicates. Imports datatrove: import late.
+"""Cleaning as a datatrove pipeline: form, rules, content, exact and near duplicates. Imports datatrove: import late.
 
 Each step runs over the same shards and leaves its result in the work folder; datatrove's completion marks make a killed
 run go on where it stopped. The number of shards follows from the data alone, so the result does not depend on workers.
@@ -6,20 +6,16 @@ run go on where it stopped. The number of shards follows from the data alone, so
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import json
-import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from copy import deepcopy
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from datatrove.data import Document, DocumentsPipeline
-from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup import (
     ExactDedupFilter,
@@ -34,9 +30,12 @@ from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
 from datatrove.pipeline.dedup.minhash import MinhashConfig
 from datatrove.pipeline.writers import JsonlWriter
 from datatrove.utils.hashing import HashConfig
-from datatrove.utils.logging import logger
 
-from data.rules import WORDS, Normalise, SourceRules
+from data.clean_config import FormConfig
+from data.clean_executor import Steps
+from data.clean_form import Form
+from data.clean_lines import RANGES, CountLines, FindRepeated, repeated_lines
+from data.rules import WORDS, Content, SourceRules
 from data.source_config import DedupConfig, Source
 from data.sources import RawDocument, read_source
 from data.words import WordRuns
@@ -46,46 +45,76 @@ SHARD_BYTES = 4_000_000
 HASHES = HashConfig(precision=64, hash_fc="sha1")
 
 
-def clean_documents(
-    sources: Sequence[Source], dedup: DedupConfig, cache: Path, work: Path, workers: int, say: Callable[[str], None]
-) -> tuple[Path, list[Path]]:
-    """Read, filter and deduplicate ``sources`` in ``work``.
+class Cleaned(NamedTuple):
+    """Folders of shards (``00000.jsonl`` ...): as read, surviving, and dropped, whose metadata hold the reason."""
 
-    Returns the folder of surviving shards (``00000.jsonl`` ...) and the folders of dropped documents, whose metadata
-    hold ``filter_reason``. ``say`` receives progress, one line at a time.
+    raw: Path
+    survivors: Path
+    dropped: list[Path]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cleaning:
+    """What is done to the documents of ``sources``; ``content`` names files of the work folder."""
+
+    sources: Sequence[Source]
+    dedup: DedupConfig
+    form: FormConfig
+    content: Content
+
+
+def clean_documents(cleaning: Cleaning, cache: Path, steps: Steps, say: Callable[[str], None]) -> Cleaned:
+    """Read, edit, filter and deduplicate documents in ``steps.work``; ``say`` receives progress, a line at a time.
+
+    Raises:
+        SourceError: for a source that cannot be read as configured.
+        DataError: for a step that a cluster did not finish.
     """
+    work, sources, dedup = steps.work, cleaning.sources, cleaning.dedup
     shards = ingest(sources, cache, work / "raw", say)
-    run = partial(_run, work=work, workers=workers)
-    say(f"quality rules over {shards} shards")
-    filtered, exact, unique = work / "filtered", work / "exact", work / "unique"
+    form = FormStep(sources, cleaning.form, _count_lines(cleaning, steps, shards, say))
+    say(f"form and rules over {shards} shards")
+    filtered, exact = work / "filtered", work / "exact"
     dropped = [work / "dropped" / step for step in ("rules", "exact", "near")]
     exact_config = ExactDedupConfig(_content, document_priority=_priority, hash_config=HASHES)
-    run("filter", shards, [
-        ShardReader(work / "raw"), Normalise(), SourceRules(sources, _writer(dropped[0])), _writer(filtered),
-        ExactDedupSignature(str(work / "exact_signatures"), exact_config),
+    steps("filter", shards, [
+        ShardReader(work / "raw"), form, SourceRules(sources, _writer(dropped[0]), cleaning.content),
+        _writer(filtered), ExactDedupSignature(str(work / "exact_signatures"), exact_config),
     ])  # fmt: skip
     say("exact duplicates")
-    run("exact_find", 1, [ExactFindDedups(str(work / "exact_signatures"), str(work / "exact_found"), exact_config)])
+    steps("exact_find", 1, [ExactFindDedups(str(work / "exact_signatures"), str(work / "exact_found"), exact_config)])
     minhash = MinhashConfig(dedup.shingle_words, dedup.buckets, dedup.hashes_per_bucket, hash_config=HASHES)
     signature = [RunSignature(str(work / "signatures"), minhash, language=WORDS)] if dedup.near else []
-    run("exact_filter", shards, [
+    steps("exact_filter", shards, [
         ShardReader(filtered), ExactDedupFilter(str(work / "exact_found"), exact_config, _writer(dropped[1])),
         _writer(exact), *signature,
     ])  # fmt: skip
     if not dedup.near:
-        return exact, dropped[:2]
+        return Cleaned(work / "raw", exact, dropped[:2])
     say("near duplicates")
-    _near(run, minhash, work, shards, dropped[2])
-    return unique, dropped
+    _near(steps, minhash, shards, dropped[2])
+    return Cleaned(work / "raw", work / "unique", dropped)
 
 
-def _near(run: Callable[..., None], config: MinhashConfig, work: Path, shards: int, dropped: Path) -> None:
+def _count_lines(cleaning: Cleaning, steps: Steps, shards: int, say: Callable[[str], None]) -> Path | None:
+    """The folder of each source's repeated lines, where they are asked for."""
+    if not cleaning.form.repeated_lines:
+        return None
+    say("lines that repeat")
+    counts, found = steps.work / "line_counts", steps.work / "repeated_lines"
+    steps("count_lines", shards, [ShardReader(steps.work / "raw"), CountLines(cleaning.sources, cleaning.form, counts)])
+    steps("find_lines", RANGES, [FindRepeated(counts, found, cleaning.form.repeated_lines)])
+    return found
+
+
+def _near(steps: Steps, config: MinhashConfig, shards: int, dropped: Path) -> None:
+    work = steps.work
     found, clusters = str(work / "near_pairs"), str(work / "near_clusters")
     buckets = MinhashDedupBuckets(str(work / "signatures"), found, config=config, lines_to_buffer=1000)
-    run("near_pairs", config.num_buckets, [buckets])
-    run("near_cluster", 1, [MinhashDedupCluster(found, clusters, config)])
+    steps("near_pairs", config.num_buckets, [buckets])
+    steps("near_cluster", 1, [MinhashDedupCluster(found, clusters, config)])
     near_filter = MinhashDedupFilter(clusters, _writer(dropped))
-    run("near_filter", shards, [ShardReader(work / "exact"), near_filter, _writer(work / "unique")])
+    steps("near_filter", shards, [ShardReader(work / "exact"), near_filter, _writer(work / "unique")])
 
 
 def ingest(sources: Sequence[Source], cache: Path, folder: Path, say: Callable[[str], None]) -> int:
@@ -110,7 +139,7 @@ def _documents(source: Source, order: int, cache: Path, say: Callable[[str], Non
     for raw in read_source(source, cache, say):
         metadata = {"source": source.name, "order": order, "title": raw.title, "origin": raw.origin}
         if fault := raw.fault or _fault(raw):
-            metadata["fault"] = fault
+            metadata |= {"fault": fault, "detail": raw.detail} if raw.detail else {"fault": fault}
         text = "" if fault else raw.text
         yield json.dumps({"text": text, "id": raw.origin, "metadata": metadata}, ensure_ascii=True).encode() + b"\n"
 
@@ -162,6 +191,36 @@ class ShardReader(PipelineStep):
             yield Document(text=row["text"], id=row["id"], metadata=row["metadata"])
 
 
+class FormStep(PipelineStep):
+    """Bring every document into form; what was edited is noted in its metadata."""
+
+    name = "form"
+    type = "formatter"
+
+    def __init__(self, sources: Sequence[Source], config: FormConfig, repeated: Path | None = None) -> None:
+        super().__init__()
+        self.sources, self.config, self.repeated = {source.name: source for source in sources}, config, repeated
+        self._forms: dict[str, Form] = {}
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        """The documents, edited."""
+        for document in data:
+            if "fault" not in document.metadata:
+                edited = self._form(document.metadata["source"]).settle(document.text)
+                document.text = edited.text
+                if edited.counts:
+                    document.metadata |= {"edits": dict(edited.counts), "excerpts": edited.excerpts}
+                if not edited.settled:
+                    document.metadata["fault"] = "unsettled"
+            yield document
+
+    def _form(self, name: str) -> Form:
+        if name not in self._forms:
+            lines = repeated_lines(self.repeated, name) if self.repeated else frozenset()
+            self._forms[name] = Form(self.sources[name].rules, self.config, lines)
+        return self._forms[name]
+
+
 class ShardWriter(JsonlWriter):
     """Writes shards; datatrove's own adapter copies every document deeply, which costs more than the rules."""
 
@@ -184,41 +243,6 @@ class RunSignature(MinhashDedupSignature):
 def _word_runs(length: int) -> WordRuns:
     """One a process, since it remembers the hashes of words."""
     return WordRuns(length)
-
-
-class QuietExecutor(LocalPipelineExecutor):
-    """datatrove's local executor, its console output in files, without a helper process for one worker."""
-
-    pipeline: list[Any]
-
-    def run(self) -> None:
-        """Run the incomplete tasks, in this process or in a pool."""
-        ranks = self.get_incomplete_ranks()
-        if self.workers == 1 or len(ranks) == 1:
-            steps = self.pipeline
-            for rank in ranks:
-                self.pipeline = deepcopy(steps)
-                _run_task(self, rank)
-            return
-        # Unlike datatrove's pool this one fails, rather than waits for ever, when a worker dies.
-        context = multiprocessing.get_context("forkserver")
-        with ProcessPoolExecutor(min(self.workers, len(ranks)), mp_context=context) as pool:
-            list(pool.map(partial(_run_task, self), ranks))
-
-
-def _run_task(executor: LocalPipelineExecutor, rank: int) -> None:
-    """Run one task; what datatrove prints (progress bars, log lines) goes to a file beside its logs."""
-    console = Path(executor.logging_dir.path) / f"console_{rank:05d}.txt"
-    console.parent.mkdir(parents=True, exist_ok=True)
-    with console.open("w") as stream, contextlib.redirect_stderr(stream):
-        try:
-            executor._run_for_rank(rank, local_rank=1)
-        finally:
-            logger.remove()  # datatrove has just pointed its log at the stream that closes here
-
-
-def _run(name: str, tasks: int, steps: list[Any], *, work: Path, workers: int) -> None:
-    QuietExecutor(steps, tasks=tasks, workers=workers, logging_dir=str(work / "logs" / name)).run()
 
 
 def _writer(folder: Path) -> JsonlWriter:

@@ -20,12 +20,16 @@ OverLength = Literal["drop", "truncate"]
 
 
 class Conversation(NamedTuple):
-    """One conversation in ids. ``labels`` equals ``ids`` where the assistant speaks, its ``<|im_end|>`` included."""
+    """One conversation in ids. ``labels`` equals ``ids`` where the assistant speaks, its ``<|im_end|>`` included.
+
+    Conversations of one ``family`` (a document's passages) are not independent of each other.
+    """
 
     id: str
     language: str
     ids: list[int]
     labels: list[int]
+    family: str
 
 
 @dataclasses.dataclass
@@ -50,7 +54,7 @@ class Counts:
 def read_conversations(
     path: Path, tokenizer: PreTrainedTokenizerBase, *, max_length: int, over_length: OverLength
 ) -> tuple[list[Conversation], Counts]:
-    """Every row of a JSONL file of ``{"id", "messages", "language"}``, rendered by the tokenizer's template.
+    """Every row of a JSONL file of ``{"id", "messages", "language", "family"}``, rendered by the tokenizer's template.
 
     A conversation of more than ``max_length`` tokens is left out (``drop``) or loses its end (``truncate``); one in
     which nothing is then to be learnt is left out. All are counted.
@@ -82,7 +86,8 @@ def read_conversations(
         counts.conversations += 1
         counts.tokens += len(ids)
         counts.supervised_tokens += supervised
-        kept.append(Conversation(str(row.get("id", number)), str(row.get("language", "")), ids, labels))
+        name = str(row.get("id", number))
+        kept.append(Conversation(name, str(row.get("language", "")), ids, labels, str(row.get("family", name))))
     if not kept:
         raise DataError(
             f"{path.name} must hold a token of the assistant's to learn from within max_length {max_length}; got none "

@@ -2,11 +2,12 @@
 
 Layout of a corpus directory (the ``output/`` folder of a finished ``clean`` stage)::
 
-    train/<source>.jsonl.gz   heldout/<source>.jsonl.gz   corpus.json   report.json
+    train/<source>.jsonl.gz   heldout/<source>.jsonl.gz   corpus.json   report.json   funnel.html
 
 One document a line: ``{"id": hex, "text": str, "source": str, "language": str, "title": str | null}``. ``text`` is NFC
-and never empty; ``id`` is the first 32 hex digits of the text's SHA-256, so equal text has an equal id everywhere.
-Files are byte-identical for equal documents in equal order: gzip carries neither a time nor a name.
+(code is left as it was written) and never empty; ``id`` is the first 32 hex digits of the text's SHA-256, so equal text
+has an equal id everywhere. Files are byte-identical for equal documents in equal order: gzip carries neither a time nor
+a name.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def document_id(text: str) -> str:
 def sources(directory: Path) -> list[dict[str, Any]]:
     """What ``corpus.json`` says of each source, in the recipe's order.
 
-    Each entry holds ``name``, ``language``, ``licence``, ``train`` and ``heldout`` (``{documents, bytes}``) and
-    ``dropped`` (``{rule: documents}``).
+    Each entry holds ``name``, ``language``, ``domain`` (or null), ``licence``, ``train`` and ``heldout`` (``{documents,
+    bytes}``) and ``dropped`` (``{rule: documents}``).
     """
     path = Path(directory) / "corpus.json"
     if not path.is_file():

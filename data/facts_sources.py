@@ -12,14 +12,14 @@ from typing import Any
 from data.errors import DataError
 
 LANGUAGES = ("en", "de", "hi")
-_NEEDED = ("territories", "languages", "currency_names", "time_zones")
+_NEEDED = ("territories", "languages", "currency_names", "time_zones", "days", "months")
 
 
 @dataclasses.dataclass(frozen=True)
 class Country:
     """One country: ISO 3166 ``code``, English ``capital``, ``continent`` as UN M49 code, ISO 639 ``languages``.
 
-    ``currencies`` are ISO 4217 codes.
+    ``currencies`` are ISO 4217 codes; ``subregion`` is the part of the continent in English, empty where unknown.
     """
 
     code: str
@@ -28,16 +28,22 @@ class Country:
     languages: tuple[str, ...]
     currencies: tuple[str, ...]
     population: int
+    subregion: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """Names in one language by code: territories and continents, languages, currencies, cities by English name."""
+    """Names in one language by code: territories and continents, languages, currencies, cities by English name.
+
+    ``days`` go from Monday, ``months`` from January.
+    """
 
     territories: dict[str, str]
     languages: dict[str, str]
     currencies: dict[str, str]
     cities: dict[str, str]
+    days: tuple[str, ...] = ()
+    months: tuple[str, ...] = ()
 
 
 _CONTINENTS = {"Africa": "002", "Americas": "019", "Asia": "142", "Europe": "150", "Oceania": "009"}
@@ -58,7 +64,9 @@ def read_countries(package: Path) -> list[Country]:
         code, continent = row.get("ISO", {}).get("alpha2"), _CONTINENTS.get(row.get("region", ""))
         if code and continent and isinstance(row.get("capital"), str) and row["capital"] and row.get("population"):
             lists = tuple(row.get("languages") or ()), tuple(row.get("currencies") or ())
-            found.setdefault(code, Country(code, row["capital"], continent, *lists, int(row["population"])))
+            found.setdefault(code, Country(
+                code, row["capital"], continent, *lists, int(row["population"]), str(row.get("subregion") or "")
+            ))  # fmt: skip
     return sorted(found.values(), key=lambda country: (-country.population, country.code))
 
 
@@ -75,6 +83,7 @@ def read_names(package: Path) -> dict[str, Names]:
         language: Names(
             _plain(table["territories"]), _plain(table["languages"]), _plain(table["currency_names"]),
             {_city(zone): table["time_zones"].get(zone, {}).get("city", _city(zone)) for zone in zones if "/" in zone},
+            _in_order(table["days"]), _in_order(table["months"]),
         )
         for language, table in tables.items()
     }  # fmt: skip
@@ -83,6 +92,12 @@ def read_names(package: Path) -> dict[str, Names]:
 def folded(name: str) -> str:
     """A name without accents, as time zones spell cities."""
     return "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
+
+
+def _in_order(table: Any) -> tuple[str, ...]:
+    """Wide names by their number, the lowest first."""
+    wide = table["format"]["wide"]
+    return tuple(unicodedata.normalize("NFC", wide[number]) for number in sorted(wide))
 
 
 def _city(zone: str) -> str:

@@ -1,13 +1,16 @@
 """Fetch pinned packages through pip into a cache: hash-checked, safely unpacked, whole or absent.
 
 pip's own settings (index, mirrors, certificates, proxies) hold, since pip itself downloads. A package appears in the
-cache by one rename, so a killed fetch leaves nothing that looks whole.
+cache by one rename, so a killed fetch leaves nothing that looks whole; the digests of its files lie beside it, so that
+one which changes in the cache afterwards is not taken for what the pin says.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -24,6 +27,8 @@ from data.source_config import Package
 ATTEMPTS = 3
 PAUSE_S = 2.0
 TIMEOUT_S = 600
+_checked: set[Path] = set()
+"""Cached packages that this process has compared with their digests."""
 
 
 class FetchError(RuntimeError):
@@ -34,22 +39,60 @@ def fetch_package(package: Package, cache: Path, *, pause_s: float = PAUSE_S) ->
     """The folder with the unpacked wheel of ``package``, downloaded once into ``cache``/packages.
 
     Several processes may ask at once: one downloads, the others wait. ``pause_s`` is the wait before the second
-    attempt, doubled for the third. Raises ``FetchError``.
+    attempt, doubled for the third. A cached package is compared with its files' digests once a process. Raises
+    ``FetchError``.
     """
     final = Path(cache) / "packages" / f"{package.name.lower()}-{package.version}-{package.sha256[:8]}"
-    if final.is_dir():
-        return final
+    if not final.is_dir():
+        _fetch_once(package, final, pause_s)
+    elif final not in _checked:
+        _refuse_changes(package, final)
+    _checked.add(final)
+    return final
+
+
+def _fetch_once(package: Package, final: Path, pause_s: float) -> None:
     partial = final.with_name(final.name + ".partial")
     with _locked(final.with_name(final.name + ".lock")):
         if final.is_dir():
-            return final
+            return
         shutil.rmtree(partial, ignore_errors=True)
         wheel = _download(package, partial / "wheel", pause_s)
         _check_hash(package, wheel)
         unpack(wheel, partial / "content")
+        _write_digests(partial / "content", partial / "digests", final)
         os.replace(partial / "content", final)
         shutil.rmtree(partial, ignore_errors=True)
-    return final
+
+
+def _write_digests(content: Path, temporary: Path, final: Path) -> None:
+    temporary.write_text(json.dumps(_digests(content), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, final.with_name(final.name + ".digests"))
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file by its path; what Python leaves when it imports a file is no part of a package."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            with path.open("rb") as content:
+                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(content, "sha256").hexdigest()
+    return found
+
+
+def _refuse_changes(package: Package, final: Path) -> None:
+    known = final.with_name(final.name + ".digests")
+    if not known.is_file():  # cached before digests were kept: what lies there is what counts from now on
+        with contextlib.suppress(OSError):  # others' caches may be for reading only
+            _write_digests(final, known.with_suffix(f".{os.getpid()}.partial"), final)
+        return
+    expected, found = json.loads(known.read_text(encoding="utf-8")), _digests(final)
+    changed = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if changed:
+        raise FetchError(
+            f"package {package.name}=={package.version}: {len(changed)} of its files in the cache are not those of the "
+            f"wheel, {changed[0]} first; remove {final} and run again"
+        )
 
 
 def unpack(archive: Path, target: Path) -> None:

@@ -1,7 +1,8 @@
 """The held-out split: chosen by document hash, and no training document shares a run of words with it (TRAPS M4).
 
-A document's side depends on its own text alone (but for small sources, which get a minimum), so it never changes sides
-when other documents come or go, and cleaning a cleaned corpus again gives the same split.
+The strata are the sources, each of one language and one domain. Within one, a document's side depends on its own text
+alone (but for small sources, which get a minimum), so it never changes sides when other documents come or go, and
+cleaning a cleaned corpus again gives the same split. Nothing downstream has a say in it: no tokenizer, share or seed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
+from data.errors import DataError
 from data.source_config import HeldoutConfig
 from data.words import Array, WordRuns
 
@@ -42,11 +44,13 @@ def split_documents(documents: Callable[[], Iterator[tuple[str, str, str]]], con
     """Choose the held-out documents and find the training documents that overlap with them.
 
     ``documents`` yields (source, id, text) anew at each call. Where the removal of overlapping documents changes the
-    choice (a source smaller than twice the minimum), the choice is made again until it stands.
+    choice (a source smaller than twice the minimum), the choice is made again until it stands. Raises ``DataError``
+    with every source that would lose more than ``config.max_overlap_share`` of its training documents.
     """
     ids: dict[str, set[str]] = defaultdict(set)
     for source, one, _ in documents():
         ids[source].add(one)
+    before = {source: len(of_source) for source, of_source in ids.items()}
     overlapping: dict[str, str] = {}
     heldout = choose_heldout(ids, config)
     while True:
@@ -60,8 +64,48 @@ def split_documents(documents: Callable[[], Iterator[tuple[str, str, str]]], con
             of_source.difference_update(found)
         chosen = choose_heldout(ids, config)
         if chosen == heldout:
+            _refuse_large_overlap(before, ids, heldout, config)
             return Split(heldout, overlapping)
         heldout = chosen
+
+
+def _refuse_large_overlap(
+    before: Mapping[str, int], left: Mapping[str, set[str]], heldout: frozenset[str], config: HeldoutConfig
+) -> None:
+    """What removes most of a source is no accident: copies of the held-out text, or boilerplate that is not known."""
+    faults = []
+    for source, count in before.items():
+        removed, train = count - len(left[source]), count - len(left[source] & heldout)
+        if removed > config.max_overlap_share * train:
+            message = (
+                "must be at least the share of training documents that overlap removes; got "
+                f"{config.max_overlap_share:g}, while {removed} of {train} of {source} share {config.ngram} words with "
+                "held-out ones; turn on dedup.near, raise heldout.common_documents for boilerplate, or raise this"
+            )
+            faults.append(("heldout.max_overlap_share", message))
+    if faults:
+        raise DataError(faults)
+
+
+class HeldoutIndex:
+    """The runs of words of held-out text, to ask whether another text shares one; 8 bytes a run.
+
+    For text that arrives one by one: unlike ``find_overlap`` it cannot know what is boilerplate, so that any shared run
+    counts.
+    """
+
+    def __init__(self, ngram: int, texts: Iterable[str]) -> None:
+        self._runs = WordRuns(ngram)
+        known = [self._runs.of(text) for text in texts]
+        self._index = np.unique(np.concatenate(known)) if known else np.empty(0, np.uint64)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def shared(self, text: str) -> str:
+        """The words that ``text`` shares with held-out text; empty where it shares none."""
+        found = self._runs.shared(text, self._index)
+        return self._runs.spell(text, int(found[0])) if len(found) else ""
 
 
 def find_overlap(

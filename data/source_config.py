@@ -4,23 +4,61 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from data.catalogue import EntrySchema, resolve_entry
 
 RuleSet = Literal["web", "prose", "messages", "code", "none"]
 FileFormat = Literal["auto", "text", "jsonl", "json", "parquet", "gettext"]
+Scalar = str | bool | int | float
 NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 
 
 def _stays_inside(pattern: str) -> str:
-    if pattern.startswith("/") or ".." in pattern.split("/"):
+    parts = pattern.split("/")
+    if pattern.startswith("/") or ".." in parts:
         raise ValueError(f"must stay inside the source's folder; got {pattern!r}; write it without leading / and ..")
+    # Some versions of Python refuse these when they search, others find nothing.
+    if not pattern or any("**" in part and part != "**" for part in parts):
+        raise ValueError(f"must have ** only as a whole folder's name; got {pattern!r}; write **/*.txt, say")
     return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_stays_inside)]
 
 
 class Section(BaseModel):
     """A frozen section that refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RowFilter(Section):
+    """A condition on one field of a row; a row that fails it is left out and counted as ``filter_<field>``.
+
+    A row whose field has no value (null) fails; a source whose first row lacks the field altogether is refused.
+    """
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    field: str = Field(min_length=1)
+    """Field of the row; ``a.b`` reaches into a mapping."""
+    min: float | None = None
+    """Smallest number that is kept."""
+    max: float | None = None
+    """Largest number that is kept."""
+    equals: Scalar | None = None
+    """The one value that is kept."""
+    in_: list[Scalar] | None = Field(None, alias="in", min_length=1)
+    """The values that are kept."""
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> RowFilter:
+        if self.min is None and self.max is None and self.equals is None and self.in_ is None:
+            raise ValueError("must set at least one condition; got none; set min, max, equals or in")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"must have min at most max; got {self.min:g} and {self.max:g}; no row could pass")
+        return self
 
 
 class SourceBase(Section):
@@ -30,6 +68,8 @@ class SourceBase(Section):
     """Name of the source: its files in the corpus, its share in a mixture."""
     language: str = Field(pattern=r"^([a-z]{2,3}|code)$")
     """ISO 639 code of the text (``en``, ``de``, ``hi``), or ``code``; decides the language check."""
+    domain: str | None = Field(None, pattern=NAME)
+    """What the text is about (``science``, ``medicine``, ``code``); a mixture or score may go by it."""
     licence: str = Field(min_length=1)
     """Licence of the text, stated in the corpus."""
     rules: RuleSet
@@ -43,17 +83,21 @@ class SourceBase(Section):
     is rendered one ``A. ...`` a line."""
     title: str | None = None
     """Field of a row that holds the document's title; text files and code take their path."""
+    filters: list[RowFilter] = []
+    """Rows to keep, by their fields: all conditions must hold. For rows alone, not for text files or catalogs."""
+    max_document_bytes: int = Field(16_000_000, ge=1_000)
+    """Longest document, and longest line of a JSONL file, in bytes; what is longer is counted, never held."""
 
 
 class FileReading(SourceBase):
     """Reading from files: which, and how each becomes documents."""
 
-    include: list[Annotated[str, AfterValidator(_stays_inside)]] = Field(min_length=1)
+    include: list[Pattern] = Field(min_length=1)
     """Glob patterns relative to the source's root; ``**`` crosses folders."""
-    exclude: list[str] = []
-    """Glob patterns of files to leave out."""
+    exclude: list[Pattern] = []
+    """Glob patterns of files to leave out; a folder that matches is left out with all in it."""
     format: FileFormat = "auto"
-    """How files are read; ``auto`` goes by the ending."""
+    """How files are read; ``auto`` goes by the ending, ``.gz``, ``.zst``, ``.xz`` or ``.bz2`` behind it aside."""
     split: Literal["file", "blank_line"] = "file"
     """For text files: one document a file, or one between blank lines."""
     message_min_words: int = Field(3, ge=1)
@@ -92,10 +136,10 @@ class FilesSource(FileReading):
 
 
 class HubSource(SourceBase):
-    """A dataset of the Hugging Face hub, streamed at a pinned revision."""
+    """A dataset of the Hugging Face hub at a pinned revision."""
 
     type: Literal["hub"]
-    """A data set of the Hugging Face hub, streamed."""
+    """A data set of the Hugging Face hub."""
     repository: str = Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")
     """``owner/name`` of the dataset."""
     revision: str = Field(pattern=r"^[0-9a-f]{40}$")
@@ -105,11 +149,16 @@ class HubSource(SourceBase):
     hub_split: str = "train"
     """Split of the dataset to read."""
     max_documents: int | None = Field(None, ge=1)
-    """Stop after this many rows; none reads all."""
+    """Stop after this many rows, those that filters leave out included; none reads all."""
+    streaming: bool = Field(True, json_schema_extra={"operational": True})
+    """Read rows as they arrive, storing nothing; false first downloads the split to the cache. Same rows."""
 
 
 FileSource = PackageSource | FilesSource
-Source = Annotated[PackageSource | FilesSource | HubSource, Field(discriminator="type")]
+Source = Annotated[
+    PackageSource | FilesSource | HubSource, Field(discriminator="type"), BeforeValidator(resolve_entry), EntrySchema()
+]
+"""One source; written with ``entry: NAME``, it takes what ``data.catalogue`` says of that data set."""
 
 
 class HeldoutConfig(Section):
@@ -123,6 +172,8 @@ class HeldoutConfig(Section):
     """A training document that shares this many consecutive words with a held-out one is removed."""
     common_documents: int = Field(10, ge=0)
     """Word sequences found in more training documents than this are boilerplate (licence headers) and do not count."""
+    max_overlap_share: float = Field(0.5, gt=0, le=1)
+    """A source that would lose more than this share of its training documents to the rule above is refused instead."""
 
 
 class DedupConfig(Section):

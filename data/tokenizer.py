@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data.bpe import byte_of_character
 from data.errors import DataError
 
 if TYPE_CHECKING:
@@ -201,8 +202,10 @@ def audit(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str] = PROBES) -> 
             raise DataError(f"tokenizer's ids must stand for the bytes of {text!r}; counts differ; import another")
 
 
-def finish(directory: Path, tokenizer: PreTrainedTokenizerBase, kind: str, fertility: dict[str, Any]) -> dict[str, Any]:
-    """Write ``token_bytes.npy`` and ``info.json`` beside a saved tokenizer; returns the information."""
+def finish(
+    directory: Path, tokenizer: PreTrainedTokenizerBase, kind: str, fertility: dict[str, Any], **facts: Any
+) -> dict[str, Any]:
+    """Write ``token_bytes.npy`` and ``info.json`` with ``facts`` beside a saved tokenizer; returns the information."""
     lengths = np.array([len(token) for token in token_byte_strings(tokenizer)])
     if lengths.max() > np.iinfo(np.uint16).max:
         raise DataError(f"tokens must stand for at most 65535 bytes; got {lengths.max()}; import another tokenizer")
@@ -213,6 +216,7 @@ def finish(directory: Path, tokenizer: PreTrainedTokenizerBase, kind: str, ferti
         "special_tokens": check_specials(tokenizer),
         "fertility": fertility,
         "digest": directory_digest(directory),
+        **facts,
     }
     (directory / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     return info
@@ -244,16 +248,8 @@ def _space_symbol_ids(tokenizer: Any) -> list[int] | None:
     return [tokenizer.get_vocab()[f"<0x{byte:02X}>"] for byte in SPACE_SYMBOL.encode()]
 
 
-@functools.cache
-def _byte_of_character() -> dict[str, int]:
-    """The byte that each character of the GPT-2 alphabet stands for (Radford et al. 2019, byte-level BPE)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
 def _byte_level_bytes(token: str) -> bytes:
-    table = _byte_of_character()
+    table = byte_of_character()
     # Added tokens are kept as plain text by the library's decoder when a character is outside the alphabet.
     return bytes(table[character] for character in token) if all(c in table for c in token) else token.encode()
 

@@ -8,22 +8,65 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.bpe import QWEN35_PATTERN
 from data.chat import CHAT_TEMPLATE
 from data.errors import DataError
 from data.tokenizer import END_OF_TEXT, IM_END, IM_START, PAD, SPACE_SYMBOL, SPECIAL_TOKENS, save
 
-SPLIT_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+SPLIT_PATTERN = QWEN35_PATTERN
 """How byte-level BPE cuts text into words: letters stay with their marks, digits stand alone."""
 
 _UNKNOWN_ID = len(SPECIAL_TOKENS)
 _MAX_LINE_CHARACTERS = 8000
+_SENTENCEPIECE: dict[str, Any] = {
+    "model_type": "bpe",
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": True,
+    "byte_fallback": True,
+    "split_digits": True,
+    "character_coverage": 0.9999,
+    "eos_id": 0,
+    "eos_piece": END_OF_TEXT,
+    "pad_id": 1,
+    "pad_piece": PAD,
+    "control_symbols": [IM_START, IM_END],
+    "unk_id": _UNKNOWN_ID,
+    "bos_id": -1,
+    "max_sentence_length": 4 * _MAX_LINE_CHARACTERS + 1,
+    "num_threads": 1,
+}
 
 
 def train_byte_level(texts: Iterable[str], vocab_size: int, directory: Path) -> None:
-    """Byte-level BPE without normaliser or prefix space; ids 0 to 3 are the specials. Same texts, same file."""
+    """``learn_byte_level``, saved into ``directory``."""
+    save_learned("byte_level_bpe", learn_byte_level(texts, vocab_size), directory)
+
+
+def train_sentencepiece(
+    texts: Iterable[str], vocab_size: int, directory: Path, indentation_runs: Sequence[int] = ()
+) -> None:
+    """``learn_sentencepiece``, saved into ``directory`` as ``tokenizer.model`` and ``tokenizer.json``."""
+    save_learned("sentencepiece_bpe", learn_sentencepiece(texts, vocab_size, indentation_runs), directory)
+
+
+def save_learned(model_type: str, model: bytes, directory: Path) -> None:
+    """Save what one of the two ``learn_`` functions gave as a Hugging Face directory."""
+    from tokenizers import Tokenizer
+
+    if model_type == "byte_level_bpe":
+        save(Tokenizer.from_buffer(model), directory, CHAT_TEMPLATE)
+        return
+    (directory / "tokenizer.model").write_bytes(model)
+    save(from_sentencepiece(model), directory, CHAT_TEMPLATE)
+
+
+def learn_byte_level(texts: Iterable[str], vocab_size: int, *, is_watched: bool = False) -> bytes:
+    """Byte-level BPE without normaliser or prefix space; ids 0 to 3 are the specials. Same texts, same bytes.
+
+    ``is_watched`` has the library say on the error stream how far it is.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -34,63 +77,49 @@ def train_byte_level(texts: Iterable[str], vocab_size: int, directory: Path) -> 
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    watched: dict[str, Any] = {"progress_format": "json"} if is_watched else {}
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         min_frequency=2,
-        show_progress=False,
+        show_progress=is_watched,
+        **watched,
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
-    save(tokenizer, directory, CHAT_TEMPLATE)
+    return tokenizer.to_str().encode()
 
 
-def train_sentencepiece(
-    texts: Iterable[str], vocab_size: int, directory: Path, indentation_runs: Sequence[int] = ()
-) -> None:
-    """SentencePiece BPE, identity normalisation, byte fallback, saved as ``tokenizer.model`` and ``tokenizer.json``.
+def learn_sentencepiece(
+    texts: Iterable[str], vocab_size: int, indentation_runs: Sequence[int] = (), *, is_watched: bool = False
+) -> bytes:
+    """A SentencePiece BPE model with identity normalisation and byte fallback.
 
     Ids 0 to 3 are the specials, 4 the unknown piece (which byte fallback keeps from ever occurring), then newline, tab
     and the runs of spaces, then 256 bytes. One thread and a fixed order, so the same texts give the same file.
+    ``is_watched`` is that of ``learn_byte_level``.
 
     Raises:
         DataError: if the text cannot fill the vocabulary.
     """
     import sentencepiece
 
-    model, lines = io.BytesIO(), _lines(texts)
+    model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
+            sentence_iterator=_lines(texts),
             model_writer=model,
-            model_type="bpe",
             vocab_size=vocab_size,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            byte_fallback=True,
-            split_digits=True,
-            character_coverage=0.9999,
-            eos_id=0,
-            eos_piece=END_OF_TEXT,
-            pad_id=1,
-            pad_piece=PAD,
-            control_symbols=[IM_START, IM_END],
-            unk_id=_UNKNOWN_ID,
-            bos_id=-1,
             user_defined_symbols=["\n", "\t", *(SPACE_SYMBOL * run for run in sorted(indentation_runs, reverse=True))],
-            max_sentence_length=4 * _MAX_LINE_CHARACTERS + 1,
-            num_threads=1,
-            minloglevel=2,
+            minloglevel=0 if is_watched else 2,
+            **_SENTENCEPIECE,
         )
     except RuntimeError as error:
         raise DataError(
             f"vocab_size must fit the sampled text; got {vocab_size}; sentencepiece says: {error}; "
             "change vocab_size or raise max_sample_bytes"
         ) from None
-    (directory / "tokenizer.model").write_bytes(model.getvalue())
-    save(from_sentencepiece(model.getvalue()), directory, CHAT_TEMPLATE)
+    return model.getvalue()
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:

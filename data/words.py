@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import regex
@@ -59,6 +60,17 @@ class WordRuns:
             return runs[:0]
         return runs[index[np.minimum(np.searchsorted(index, runs), len(index) - 1)] == runs]
 
+    def by_length(self, text: str, lengths: Sequence[int]) -> dict[int, Array]:
+        """Hashes (uint64) of the runs of each of ``lengths`` words; none where the text has fewer."""
+        hashes = self._hashed(words(text.casefold()))
+        found: dict[int, Array] = {}
+        total = np.zeros(len(hashes), np.uint64)
+        for length in range(1, max(lengths) + 1):
+            total = total[: max(0, len(hashes) - length + 1)] * _MULTIPLIER + hashes[length - 1 :]
+            if length in lengths:
+                found[length] = total
+        return found
+
     def spell(self, text: str, run: int) -> str:
         """The words behind the hash ``run`` of ``text``."""
         split = words(text.casefold())
@@ -68,12 +80,15 @@ class WordRuns:
     def _rolled(self, split: list[str]) -> Array:
         if not split:
             return np.empty(0, np.uint64)
-        hashes = np.array(list(map(self._hashes.__getitem__, split)), np.uint64)
+        hashes = self._hashed(split)
         length = min(self.length, len(split))
         total = np.full(len(split) - length + 1, length, np.uint64)
         for offset in range(length):
             total = total * _MULTIPLIER + hashes[offset : offset + len(total)]
         return total
+
+    def _hashed(self, split: list[str]) -> Array:
+        return np.fromiter(map(self._hashes.__getitem__, split), np.uint64, len(split))
 
 
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)

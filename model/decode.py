@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from model.cache import HybridCache
 from model.lm import HybridForCausalLM
+
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
+"""What sampling draws from: one generator for all rows, or one on the CPU for each row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +55,7 @@ def generate(
     max_new_tokens: int,
     eos_token_ids: Collection[int] = (),
     sampling: Sampling | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     prefill_chunk_size: int = 512,
     state_dtype: torch.dtype | None = None,
     num_return_sequences: int = 1,
@@ -60,15 +64,17 @@ def generate(
 
     With ``num_return_sequences`` each prompt is run once and continued so many times, its completions side by side, as
     if it had been given so many times. Prompts may differ in length; what a prompt gives does not depend on its
-    neighbours, except that sampling draws one number a row and step from ``generator``. Prefill takes
-    ``prefill_chunk_size`` columns at a time, which bounds memory and changes nothing else.
+    neighbours, except that sampling draws one number a row and step from ``generator``; with a sequence of them,
+    one a completion, not even that. Prefill takes ``prefill_chunk_size`` columns at a time, which bounds memory and
+    changes nothing else.
     ``state_dtype`` is ``HybridCache``'s.
 
     Raises:
-        ValueError: for an empty prompt, an id beyond the embedding, or sampling without a generator.
+        ValueError: for an empty prompt, an id beyond the embedding, or sampling without a generator, or without one for
+            each completion.
     """
     sampling = sampling or Sampling()
-    _check(prompts, model.config.vocab_size, sampling, generator)
+    _check(prompts, model.config.vocab_size, sampling, generator, num_return_sequences)
     input_ids, mask = _left_padded(prompts, model.device)
     cache = HybridCache(state_dtype)
     logits = _prefill(model, input_ids, mask, cache, prefill_chunk_size)
@@ -125,7 +131,7 @@ def stream(
         logits = model(token[:, None], past_key_values=cache, logits_to_keep=1).logits[:, -1]
 
 
-def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def draw(logits: Tensor, sampling: Sampling, generator: Generators) -> tuple[Tensor, Tensor]:
     """One token a row from ``logits`` (B, V): ids (B,) and log-probabilities (B,) as ``Completion`` defines them."""
     logprobs = torch.log_softmax(logits.float() / (sampling.temperature or 1.0), -1)
     if sampling.temperature == 0:
@@ -144,12 +150,21 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(probabilities).scatter(1, order, ordered.masked_fill(outside, 0.0))
 
 
-def _inverse_cdf(weights: Tensor, generator: torch.Generator | None) -> Tensor:
+def _inverse_cdf(weights: Tensor, generator: Generators) -> Tensor:
     # One number a row and step: a row's draws do not depend on what the others look like.
     edges = weights.double().cumsum(-1)
-    point = torch.rand(weights.shape[0], 1, generator=generator, device=weights.device, dtype=torch.float64)
+    point = _points(len(weights), generator, weights.device)
     chosen = torch.searchsorted(edges, point * edges[:, -1:], right=True)[:, 0]
     return torch.minimum(chosen, _last_positive(weights))
+
+
+def _points(rows: int, generator: Generators, device: torch.device) -> Tensor:
+    """(rows, 1) float64 numbers in [0, 1)."""
+    if isinstance(generator, Sequence):
+        # Drawn on the CPU, so that a row's numbers are the same on every device.
+        drawn = [torch.rand(1, 1, generator=one, dtype=torch.float64) for one in generator]
+        return torch.cat(drawn).to(device)
+    return torch.rand(rows, 1, generator=generator, device=device, dtype=torch.float64)
 
 
 def _last_positive(weights: Tensor) -> Tensor:
@@ -158,7 +173,7 @@ def _last_positive(weights: Tensor) -> Tensor:
 
 
 def _check(
-    prompts: Sequence[Sequence[int]], vocab_size: int, sampling: Sampling, generator: torch.Generator | None
+    prompts: Sequence[Sequence[int]], vocab_size: int, sampling: Sampling, generator: Generators, copies: int = 1
 ) -> None:
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("field prompts must be one or more prompts of at least one token; got an empty one")
@@ -167,6 +182,9 @@ def _check(
         raise ValueError(f"field prompts must hold ids from 0 to {vocab_size - 1}; got {low if low < 0 else high}")
     if sampling.temperature > 0 and generator is None:
         raise ValueError("field generator must be given for sampling; got none; set torch.Generator()")
+    rows = len(prompts) * copies
+    if isinstance(generator, Sequence) and len(generator) != rows:
+        raise ValueError(f"field generator must hold one for each of {rows} completions; got {len(generator)}; set one")
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from model.spec import ModelSpec
+from pipelines.gates_graph import needed_before, placement_faults, standing_before
 from pipelines.graph import Registry, in_order, input_name, is_path
 from pipelines.recipe import Recipe
 from stages.base import ConfigError, Fault, Stage, without_operational
@@ -48,6 +49,10 @@ class Chain:
     recipe: Recipe
     runs: Path
     nodes: Mapping[str, Node]
+    gates: Mapping[str, list[str]] = dataclasses.field(default_factory=dict)
+    """By stage, the evaluations whose gates stand before it."""
+    first: Mapping[str, list[str]] = dataclasses.field(default_factory=dict)
+    """By stage, all evaluations that come before it for the sake of gates, those that they are compared with too."""
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes.values())
@@ -61,6 +66,16 @@ class Chain:
         direct = {parent.name for parent in self.parents(self.nodes[name])}
         return direct.union(*(self.ancestors(parent) for parent in direct)) if direct else direct
 
+    def _leading_to(self, name: str) -> set[str]:
+        """``name``, its ancestors, and the evaluations whose gates stand on the way."""
+        found, waiting = set(), [name]
+        while waiting:
+            stage = waiting.pop()
+            if stage not in found:
+                found.add(stage)
+                waiting += [*self.nodes[stage].parents.values(), *self.first.get(stage, ())]
+        return found
+
     def selection(self, first: str | None, last: str | None) -> list[Node]:
         """The nodes from ``first`` on, up to what ``last`` needs, in order.
 
@@ -71,7 +86,7 @@ class Chain:
         if first is not None:
             chosen &= {name for name in self.nodes if name == first or first in self.ancestors(name)}
         if last is not None:
-            chosen &= self.ancestors(last) | {last}
+            chosen &= self._leading_to(last)
         if not chosen:
             message = f"must name a stage that depends on --from {first}; got {last}"
             raise ConfigError(Fault("--until", f"{message}; the order is {', '.join(self.nodes)}"))
@@ -82,14 +97,15 @@ def build_chain(recipe: Recipe, runs: Path, stages: Registry) -> Chain:
     """The chain of ``recipe`` with its artifacts below ``runs``.
 
     Raises:
-        ConfigError: when an artifact elsewhere, named as a parent, is absent, unfinished or of the wrong kind, or a
-            source has no pinned revision.
+        ConfigError: when an artifact elsewhere, named as a parent, is absent, unfinished or of the wrong kind, a source
+            has no pinned revision, or a gate cannot be decided in this recipe.
     """
     kinds = {name: stages[config.kind] for name, config in recipe.stages.items()}
     within = {name: dict(_parents_within(kinds[name], config)) for name, config in recipe.stages.items()}
     nodes: dict[str, Node] = {}
-    faults: list[Fault] = []
-    for name in in_order({name: list(parents.values()) for name, parents in within.items()}):
+    faults = placement_faults(recipe, kinds, {name: list(parents.values()) for name, parents in within.items()})
+    first = {} if faults else needed_before(recipe, kinds)
+    for name in in_order({name: [*parents.values(), *first.get(name, ())] for name, parents in within.items()}):
         if any(parent not in nodes for parent in within[name].values()):
             continue
         try:
@@ -98,7 +114,7 @@ def build_chain(recipe: Recipe, runs: Path, stages: Registry) -> Chain:
             faults += [recipe.fault(f"{name}.{fault.path}", fault.message) for fault in error.faults]
     if faults:
         raise ConfigError(faults)
-    return Chain(recipe, runs, nodes)
+    return Chain(recipe, runs, nodes, standing_before(recipe, kinds), first)
 
 
 def _parents_within(stage: type[Stage], config: Any) -> Iterator[tuple[str, str]]:

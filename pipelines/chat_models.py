@@ -81,13 +81,14 @@ class Checkpoint:
     """A Hugging Face directory of ours, decoded from a cache that lives on from turn to turn."""
 
     def __init__(self, label: str, directory: Path) -> None:
-        from data.tokenizer import IM_END, check_specials, load, token_byte_strings
+        from data.chat import REPLY_ENDS
+        from data.tokenizer import check_specials, load, token_byte_strings
 
         self.label = label
         self._model = load_checkpoint(directory)
         self._tokenizer = load(directory)
         ids = check_specials(self._tokenizer)
-        self._ends = {ids[IM_END], int(self._tokenizer.eos_token_id)}
+        self._ends = {ids[end] for end in REPLY_ENDS}
         self._bytes = token_byte_strings(self._tokenizer)
         self._cache: Any = None
         self._held: list[int] = []

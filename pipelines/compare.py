@@ -3,9 +3,11 @@
     python pipelines/compare.py dpo dpo-ipo                    the first is the baseline
     python pipelines/compare.py sft grpo --metric reasoning    scores of this name or family alone; repeatable
     python pipelines/compare.py dpo dpo-ipo --html FILE        a page as well; --json prints JSON instead
+    python pipelines/compare.py dpo dpo-ipo --wandb            Tables in W&B as well, a Report where it is online
 
-A variant is a model stage that `evaluate` stages of the recipe name as `from`, or one such evaluate stage. Verdicts are
-of the paired bootstrap's 95% interval of the difference, each score on its own. Exit codes: 0, 2 for a fault.
+A variant is a model stage that `evaluate` stages of the recipe name as `from`, one such evaluate stage, or the path
+(with a slash) of a finished evaluation's artifact, of whatever recipe. Verdicts are of the paired bootstrap's 95%
+interval of the difference, each score on its own. Exit codes: 0, 2 for a fault.
 """
 
 from __future__ import annotations
@@ -28,6 +30,12 @@ if TYPE_CHECKING:
     from pipelines.graph import Registry
     from pipelines.scores import Evaluation
     from pipelines.staleness import Standing
+    from stages.base import Fault
+
+NOTE = (
+    "Difference: variant minus baseline, 95% interval of the paired bootstrap, items of one family drawn together;",
+    "each score on its own: of 20 scores one may stand outside by chance.",
+)
 
 
 def main(argv: Sequence[str] | None = None, stages: Registry | None = None) -> int:
@@ -46,10 +54,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add_recipe_options(parser)
     parser.add_argument("--metric", action="append", default=[], metavar="NAME", help="bpb/de, bpb or '*/de'")
     parser.add_argument("--no-samples", action="store_true", help="leave out what the variants said")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page")
+    parser.add_argument("--wandb", action="store_true", help="log Tables to W&B, as the recipe's tracking says")
     options = parser.parse_args(argv)
     names = options.variants
+    if options.json and options.wandb:
+        from pipelines.command import CommandError
+
+        raise CommandError("--json prints JSON alone; give --wandb in a call of its own")
     if len(set(names)) < max(2, len(names)):
         from stages.base import ConfigError, Fault
 
@@ -63,7 +76,8 @@ def _compare(options: argparse.Namespace, stages: Registry | None) -> int:
 
     from pipelines.comparison import compare, plain
 
-    found = compare(evaluations(load_chain(options, stages), options), options.metric)
+    chain = load_chain(options, stages)
+    found = compare(evaluations(chain, options), options.metric)
     if options.html is not None:
         from pipelines.compare_page import write_page
 
@@ -76,6 +90,11 @@ def _compare(options: argparse.Namespace, stages: Registry | None) -> int:
         print("\n".join(sample_lines(found)))
     if options.html is not None:
         print(f"\nwritten: {options.html}")
+    if options.wandb:
+        from pipelines.compare_wandb import log_comparison
+
+        folder = chain.runs / chain.recipe.name / "compare"
+        print("\n".join(log_comparison(found, chain.recipe.name, chain.recipe.tracking, folder)))
     return 0
 
 
@@ -91,42 +110,62 @@ def evaluations(chain: Chain, options: argparse.Namespace) -> dict[str, list[Eva
     faults, found = [], {}
     for name in options.variants:
         try:
-            nodes = _evaluating(chain, name, options)
+            places = _elsewhere(name) if "/" in name else _evaluating(chain, name, options)
         except ConfigError as error:
             faults += error.faults
         else:
-            found[name] = [read_evaluation(node.name, node.job.directory) for node in nodes]
+            found[Path(name).name] = [read_evaluation(stage, directory) for stage, directory in places]
+    if not faults and len(found) < len(options.variants):
+        faults.append(_fault(f"must be artifacts of different names; got {' '.join(options.variants)}"))
     if faults:
         raise ConfigError(faults)
     return found
 
 
-def _evaluating(chain: Chain, name: str, options: argparse.Namespace) -> list[Node]:
-    """The finished evaluate stages of the variant ``name``."""
+def _fault(message: str) -> Fault:
+    from stages.base import Fault
+
+    return Fault("NAME", message)
+
+
+def _elsewhere(name: str) -> list[tuple[str, Path]]:
+    """The evaluation in the artifact directory ``name``, of whatever recipe."""
+    from pipelines.scores import SCORES
+    from stages.base import ConfigError
+    from stages.runtime.artifact import read_record
+
+    directory = Path(name)
+    record = read_record(directory)
+    if record is None or record["state"] != "done" or not (directory / "output" / SCORES).is_file():
+        state = "no artifact is there" if record is None else f"{record.get('kind')}, {record['state']}"
+        raise ConfigError(_fault(f"must be the directory of a finished evaluation; got {name} ({state})"))
+    return [(str(record["stage"]), directory)]
+
+
+def _evaluating(chain: Chain, name: str, options: argparse.Namespace) -> list[tuple[str, Path]]:
+    """The finished evaluate stages of the variant ``name`` and where they lie."""
     from pipelines.scores import SCORED, evaluators
     from pipelines.staleness import standing
     from pipelines.suggest import suggestion
-    from stages.base import ConfigError, Fault
+    from stages.base import ConfigError
 
     known = [node.name for node in chain if node.stage.produces in (SCORED, "model")]
     if name not in known:
         near = suggestion(name, known, "model or evaluate stage")
-        raise ConfigError(
-            Fault("NAME", f"must be a model or evaluate stage of {chain.recipe.name}; got {name!r}; {near}")
-        )
+        message = f"must be a model or evaluate stage of {chain.recipe.name}, or a path; got {name!r}; {near}"
+        raise ConfigError(_fault(message))
     nodes = [chain.nodes[name]] if chain.nodes[name].stage.produces == SCORED else evaluators(chain, name)
     if not nodes:
-        message = f"{name} must have an evaluate stage; none has `from: {name}`; add one to the recipe"
-        raise ConfigError(Fault("NAME", message))
+        raise ConfigError(_fault(f"{name} must have an evaluate stage; none has `from: {name}`; add one to the recipe"))
     standings = [(node, standing(node)) for node in nodes]
     faults = [
-        Fault("NAME", f"{name} must be evaluated; {_standing(node, found)}; run: {run_command(node, options)}")
+        _fault(f"{name} must be evaluated; {_standing(node, found)}; run: {run_command(node, options)}")
         for node, found in standings
         if not found.done
     ]
     if faults:
         raise ConfigError(faults)
-    return nodes
+    return [(node.name, node.job.directory) for node in nodes]
 
 
 def _standing(node: Node, found: Standing) -> str:
@@ -134,17 +173,22 @@ def _standing(node: Node, found: Standing) -> str:
 
 
 def score_lines(comparison: Comparison) -> list[str]:
-    """The scores for a terminal: one line a score and variant beyond the first."""
+    """The scores for a terminal, by suite: one line a score and variant beyond the first."""
     from pipelines.table import table
 
     baseline, *others = comparison.variants
     headers = ["score", "unit", "n", baseline, "variant", "its score", "difference", "verdict"]
-    rows = [cells for row in comparison.rows for cells in _cells(row, others)]
-    lines = table(headers, rows) if rows else ["no score is in every variant"]
-    for name, having in comparison.partial.items():
-        lines.append(f"{name}: only in {', '.join(having) or 'none'}")
-    note = "Difference: variant minus baseline, 95% interval of the paired bootstrap, each score on its own;"
-    return [*lines, "", f"{note} of 20 scores one may stand outside by chance."]
+    suites = comparison.by_suite()
+    counts = [len(rows) * len(others) for rows in suites.values()]
+    cells = [each for rows in suites.values() for row in rows for each in _cells(row, others)]
+    head, *lines = table(headers, cells)
+    shown = [head]
+    for suite, count in zip(suites, counts, strict=True):
+        shown += [f"-- {suite}", *lines[:count]]
+        lines = lines[count:]
+    shown = shown if suites else ["no score is in every variant"]
+    shown += [f"{name}: only in {', '.join(having) or 'none'}" for name, having in comparison.partial.items()]
+    return [*shown, "", *NOTE]
 
 
 def _cells(row: Row, others: Sequence[str]) -> list[list[str]]:
@@ -154,8 +198,8 @@ def _cells(row: Row, others: Sequence[str]) -> list[list[str]]:
     cells = []
     for name, score, found in zip(others, row.scores[1:], row.differences, strict=True):
         apart = "-" if found.value is None else f"{found.value:+.4g} {interval_text(found.interval, '+.3g')}".rstrip()
-        count = f"{first.n} {first.n_unit}"
-        cells.append([first.name, first.unit, count, score_text(first), name, score_text(score), apart, found.verdict])
+        facts = [first.name, first.unit, first.counted, score_text(first)]
+        cells.append([*facts, name, score_text(score), apart, found.verdict])
     return cells
 
 

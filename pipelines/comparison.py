@@ -10,7 +10,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.paired import CONFIDENCE, RESAMPLES, Difference, difference
+from pipelines.paired import CONFIDENCE, METHOD, Difference, difference
 from pipelines.scores import Evaluation, Score
 from pipelines.suggest import suggestion
 from stages.base import ConfigError, Fault
@@ -50,6 +50,13 @@ class Comparison:
     rows: list[Row]
     samples: list[Beside]
     partial: dict[str, list[str]]
+
+    def by_suite(self) -> dict[str, list[Row]]:
+        """The rows by what they measure: knowledge, recall, decoding, format and safety stay apart (TRAPS M5)."""
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(row.scores[0].suite, []).append(row)
+        return found
 
 
 def compare(evaluations: Mapping[str, Sequence[Evaluation]], wanted: Sequence[str] = ()) -> Comparison:
@@ -100,7 +107,7 @@ def plain(comparison: Comparison) -> dict[str, Any]:
         "format": 1,
         "variants": comparison.variants,
         "baseline": comparison.variants[0],
-        "method": f"paired bootstrap, {RESAMPLES} resamples, expanded percentile interval",
+        "method": METHOD,
         "confidence": CONFIDENCE,
         "scores": [_plain_row(comparison.variants, row) for row in comparison.rows],
         "not_in_every_variant": comparison.partial,

@@ -47,7 +47,7 @@ def graph_faults(document: Document, known: Mapping[str, type[Stage]], raw: Mapp
             message = _parent_fault(stage.inputs[field].produces, parent, known, raw)
             if message:
                 faults.append((place, Fault(dotted(place), message, document.line(place))))
-    for cycle in _cycles(edges):
+    for cycle in cycles(edges):
         place = ("stages", cycle[0])
         way = " -> ".join([*cycle, cycle[0]])
         text = f"must not depend on itself; got the cycle {way}; let one of them name another parent"
@@ -72,7 +72,7 @@ def _parent_fault(produces: str, parent: str, known: Mapping[str, type[Stage]], 
     return None
 
 
-def _cycles(edges: Mapping[str, list[str]]) -> list[list[str]]:
+def cycles(edges: Mapping[str, list[str]]) -> list[list[str]]:
     """Each cycle once, as the names along it, child before parent."""
     found: list[list[str]] = []
     finished: set[str] = set()

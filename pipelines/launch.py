@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipelines.chain import Chain, Node
+from pipelines.gates_graph import gates_of
+from pipelines.gates_run import is_open, settle, unmeasured_faults
 from pipelines.interrupts import Interrupts
 from pipelines.single import CommandFor, needed
 from pipelines.staleness import extension_notes, standing
@@ -39,8 +41,11 @@ def run_all(
     command_for: CommandFor,
     grace_s: float = GRACE_S,
     finish: Callable[[], None] = lambda: None,
+    overrides: Sequence[str] = (),
 ) -> int:
     """Run what is left to do of ``chosen``, in order, and return the exit code of the first that did not finish.
+
+    Evaluations that are done are judged first: a gate that is closed, and not among ``overrides``, stops all.
 
     ``argv_for`` gives the command that runs some stages, one after another; ``command_for`` the one for a single stage,
     for messages. ``finish`` is called last, however the stages ended, while signals are still handled.
@@ -48,11 +53,14 @@ def run_all(
     Raises:
         ConfigError: before anything runs, when a training stage outside ``chosen`` is needed and not finished.
     """
-    _refuse_gaps(chain, chosen, command_for)
+    _refuse_gaps(chain, chosen, command_for, overrides)
     interrupts = Interrupts()
     with interrupts.handled():
         try:
-            return _run_left(_left(chosen), argv_for, interrupts, grace_s)
+            left = _left(chosen)
+            if not all([settle(chain, node, overrides) for node in chosen if node not in left]):
+                return EXIT_FAILED
+            return _run_left(chain, left, argv_for, interrupts, grace_s)
         finally:
             finish()
 
@@ -68,7 +76,7 @@ def _left(chosen: Sequence[Node]) -> list[Node]:
     return left
 
 
-def _run_left(left: Sequence[Node], argv_for: Argv, interrupts: Interrupts, grace_s: float) -> int:
+def _run_left(chain: Chain, left: Sequence[Node], argv_for: Argv, interrupts: Interrupts, grace_s: float) -> int:
     for nodes in together(left):
         if interrupts.requested:
             print(f"{nodes[0].name}: not started, asked to stop; the same command goes on from here", flush=True)
@@ -81,6 +89,9 @@ def _run_left(left: Sequence[Node], argv_for: Argv, interrupts: Interrupts, grac
             for note in extension_notes(node):
                 print(f"note: {note}", flush=True)
         code = run_child(nodes, argv_for(nodes), interrupts, grace_s)
+        # The child has said what its gates found; its exit code is not believed.
+        if code == EXIT_DONE and not is_open(chain, nodes[-1]):
+            code = EXIT_FAILED
         if code != EXIT_DONE:
             return code
     return EXIT_DONE
@@ -89,11 +100,14 @@ def _run_left(left: Sequence[Node], argv_for: Argv, interrupts: Interrupts, grac
 def together(nodes: Sequence[Node]) -> list[list[Node]]:
     """What one child runs: a training stage alone, others together as long as they follow one another.
 
+    A stage with gates is the last of its child, since what follows may not be run.
+
     Imports cost seconds, which a process of their own would cost each of them.
     """
     children: list[list[Node]] = []
     for node in nodes:
-        if children and not node.stage.launched and not children[-1][-1].stage.launched:
+        last = children[-1][-1] if children else None
+        if last is not None and not (node.stage.launched or last.stage.launched or gates_of(last.job.config)):
             children[-1].append(node)
         else:
             children.append([node])
@@ -188,13 +202,14 @@ def _attempts(job: Job) -> int:
         return 0
 
 
-def _refuse_gaps(chain: Chain, chosen: Sequence[Node], command_for: CommandFor) -> None:
-    """Every training stage that is needed must be finished or among the chosen."""
+def _refuse_gaps(chain: Chain, chosen: Sequence[Node], command_for: CommandFor, overrides: Sequence[str]) -> None:
+    """Every training stage that is needed, and every gate on the way, must be finished or among the chosen."""
     names = {node.name for node in chosen}
     faults: list[Fault] = []
     for node in chosen:
         if standing(node).done:
             continue
+        faults += unmeasured_faults(chain, node, overrides, command_for, also=names)
         try:
             needed(chain, node, command_for, also=names)
         except ConfigError as error:

@@ -8,6 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from pipelines import report_format
+from pipelines.report_evaluation import beside_chance, sandbox_of
 from pipelines.table import figure
 from pipelines.terminal import harmless
 
@@ -31,6 +32,8 @@ def render(template: str, **values: Any) -> str:
         "figure": lambda value, name: (
             figure(name, value) if str(name).endswith("_bytes") else report_format.cell(value)
         ),
+        "chance": beside_chance,
+        "sandbox": sandbox_of,
         "visible": lambda text: harmless(str(text)),
     }
     style = Markup((FOLDER / STYLE).read_text(encoding="utf-8"))

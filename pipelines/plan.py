@@ -6,7 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from pipelines.budget import budget, budget_lines
 from pipelines.chain import Chain, Node
+from pipelines.contamination import contamination_notes
+from pipelines.gates_graph import gates_of
 from pipelines.graph import input_name
 from pipelines.preflight import device_notes
 from pipelines.staleness import Standing, extension_notes, standings
@@ -14,7 +17,7 @@ from pipelines.table import figure, size, table
 from stages.runtime.artifact import has_gpu, shown
 
 
-def plan(chain: Chain, world_size: int) -> dict[str, Any]:
+def plan(chain: Chain, world_size: int, price_per_gpu_hour: float | None = None) -> dict[str, Any]:
     """The plan as plain data."""
     found = standings(chain)
     return {
@@ -22,8 +25,13 @@ def plan(chain: Chain, world_size: int) -> dict[str, Any]:
         "runs": str(chain.runs),
         "devices": world_size,
         "free_bytes": shutil.disk_usage(_existing(chain.runs)).free,
-        "stages": [_stage(node, found[node.name], world_size) for node in chain],
-        "notes": [*device_notes(chain, has_gpu()), *(note for node in chain for note in extension_notes(node))],
+        "stages": [_stage(node, found[node.name], world_size, price_per_gpu_hour) for node in chain],
+        "notes": [
+            *device_notes(chain, has_gpu()),
+            *contamination_notes(chain),
+            *(note for node in chain for note in extension_notes(node)),
+            *gate_notes(chain),
+        ],
     }
 
 
@@ -47,6 +55,8 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         if stage["figures"]:
             lines += ["", f"{stage['stage']} will take"]
             lines += [f"  {line}" for line in _figures(stage["figures"])]
+        if stage["budget"]:
+            lines += [f"  {line}" for line in budget_lines(stage["budget"])]
     lines += ["", *(f"note: {note}" for note in plan["notes"])] if plan["notes"] else []
     # A finished stage has its bytes on the disk already.
     wanted = sum(stage["figures"].get("disk_bytes", 0) for stage in stages if stage["state"] not in ("done", "longer"))
@@ -57,7 +67,24 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
     return [*lines, f"left to do: {', '.join(left)}" if left else "all done"]
 
 
-def _stage(node: Node, found: Standing, world_size: int) -> dict[str, Any]:
+def gate_notes(chain: Chain) -> list[str]:
+    """The gates of the recipe: where each stands, and what those of finished evaluations say."""
+    from pipelines.gates import judged, line
+
+    before: dict[str, list[str]] = {}
+    for stage, names in chain.gates.items():
+        for name in names:
+            before.setdefault(name, []).append(stage)
+    notes = [
+        f"gates of {node.name} ({', '.join(gate.metric for gate in gates_of(node.job.config))}) stand before "
+        f"{', '.join(before.get(node.name, [])) or 'no stage'}"
+        for node in chain
+        if gates_of(node.job.config)
+    ]
+    return notes + [line(one) for found in judged(chain).values() for one in found if one.closed]
+
+
+def _stage(node: Node, found: Standing, world_size: int, price_per_gpu_hour: float | None) -> dict[str, Any]:
     job = node.job
     return {
         "stage": node.name,
@@ -71,6 +98,7 @@ def _stage(node: Node, found: Standing, world_size: int) -> dict[str, Any]:
         "state": found.state,
         "reasons": found.reasons,
         "figures": dict(node.stage.plan(job.config, job.model, world_size)),
+        "budget": budget(node, world_size, price_per_gpu_hour),
     }
 
 

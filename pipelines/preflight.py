@@ -67,7 +67,7 @@ def _sources(chain: Chain, name: str) -> list[str]:
     node = chain.nodes[name]
     own = node.stage.source_names(node.job.config)
     if own is not None:
-        return own
+        return list(own)
     # A tokenizer may come from another corpus than the one that it is used on.
     carriers = [parent.name for parent in chain.parents(node) if parent.stage.produces in ("corpus", "tokens")]
     return list(dict.fromkeys(source for carrier in carriers for source in _sources(chain, carrier)))

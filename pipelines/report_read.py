@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from pipelines.chain import Chain, Node
 
 NOT_RUN = "not run"
+ALERTS = ("alert", "alarm_loss", "alarm_heldout")
+"""Rows of the journal whose text is for whoever looks after the run."""
 PARITY = "parity.json"
 
 T = TypeVar("T")
@@ -43,6 +45,10 @@ class StageView:
     taken: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     evaluation: Evaluation | None = None
     parity: dict[str, Any] | None = None
+    sources: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """Sources with their licences as the stage found them, beside those that the recipe states."""
+    pages: list[str] = dataclasses.field(default_factory=list)
+    """Pages that the stage wrote for itself, relative to the runs of the pipeline."""
     notices: list[str] = dataclasses.field(default_factory=list)
 
     @property
@@ -75,7 +81,7 @@ def read_stage(node: Node) -> StageView:
     nothing: list[dict[str, Any]] = []
     rows = _or_notice(view, lambda: read_metrics(directory), nothing)
     view.rows = [row for row in rows if row["event"] not in HISTORY]
-    view.alerts = [str(row.get("text", row)) for row in rows if row["event"] == "alert"]
+    view.alerts = [str(row.get("text", row)) for row in rows if row["event"] in ALERTS]
     view.resumed_at = [int(row["step"]) for row in rows if row["event"] == "resume" and row["step"]]
     view.taken = _or_notice(view, lambda: list((read_edges(directory) or {"inputs": []})["inputs"]), [])
     if state == "done":
@@ -103,6 +109,15 @@ def _read_output(view: StageView, directory: Path) -> None:
         view.evaluation = _or_notice(view, lambda: read_evaluation(view.name, directory), None)
     if (directory / "output" / PARITY).is_file():
         view.parity = _or_notice(view, lambda: read_json(directory / "output" / PARITY), None)
+
+    view.pages = sorted(f"{directory.name}/output/{path.name}" for path in (directory / "output").glob("*.html"))
+    if (directory / "output" / f"{view.kind}.json").is_file():
+        view.sources = _or_notice(view, lambda: _sources(directory / "output" / f"{view.kind}.json"), [])
+
+
+def _sources(path: Path) -> list[dict[str, Any]]:
+    found = read_json(path).get("sources")
+    return [source for source in found if isinstance(source, dict)] if isinstance(found, list) else []
 
 
 def _or_notice(view: StageView, read: Callable[[], T], instead: T) -> T:

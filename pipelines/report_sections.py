@@ -9,7 +9,7 @@ from typing import Any
 
 from pipelines.comparison import Beside, Comparison, beside, compare, mismatches
 from pipelines.paired import Verdict, difference
-from pipelines.report_charts import Chart, bands_svg, training_charts
+from pipelines.report_charts import Chart, forest_svg, training_charts
 from pipelines.report_format import cell, duration
 from pipelines.report_read import StageView
 from pipelines.scores import SCORED, Evaluation, Score
@@ -45,6 +45,8 @@ class ScoreRow:
     unit: str
     better: str
     cells: list[Cell]
+    is_part: bool = False
+    """Whether it is one of a part of the set, other than bits per byte."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +118,8 @@ def _row(name: str, columns: Sequence[Column], by_model: dict[str, dict[str, Sco
         parent = by_model.get(column.subject or "", {}).get(name)
         other = score is not None and score.set_hash != first.set_hash
         cells.append(Cell(score, _verdict(parent, score), other))
-    return ScoreRow(name, first.unit, first.better, cells)
+    is_part = first.part is not None and first.suite != "bpb"
+    return ScoreRow(name, first.unit, first.better, cells, is_part)
 
 
 def _verdict(parent: Score | None, score: Score | None) -> Verdict | None:
@@ -134,13 +137,15 @@ def _bands(columns: Sequence[Column], rows: Sequence[tuple[str, list[ScoreRow]]]
     drawn: list[tuple[int, Chart]] = []
     for _, suite in rows:
         for place, row in enumerate(suite):
+            if row.is_part:
+                continue
             points = [
                 (column.name, each.score.value, each.score.interval)
                 for column, each in zip(columns, row.cells, strict=True)
                 if each.score is not None and each.score.value is not None and not each.other_set
             ]
             if len(points) > 1 and place < MAX_BANDS:
-                drawn.append((place, Chart(f"{row.name}, {row.unit}", bands_svg(row.name, points))))
+                drawn.append((place, Chart(f"{row.name}, {row.unit}", forest_svg(row.name, points))))
     return [chart for _, chart in sorted(drawn, key=lambda pair: pair[0])[:MAX_BANDS]]
 
 
@@ -241,13 +246,20 @@ def _model(record: dict[str, Any]) -> str:
 
 def licences(stages: Sequence[StageView]) -> list[tuple[str, str, str]]:
     """Source, stage and licence of everything that the chain took in."""
-    found = []
+    found: list[tuple[str, str, str]] = []
     for stage in stages:
         sources = (stage.record.get("config") or {}).get("sources")
-        for source in sources if isinstance(sources, list) else []:
-            if isinstance(source, dict) and source.get("licence"):
-                found.append((str(source.get("name", source.get("type"))), stage.name, str(source["licence"])))
+        named = [*(sources if isinstance(sources, list) else []), *stage.sources]
+        those = [source for source in named if isinstance(source, dict) and source.get("licence")]
+        # What the stage found declared comes last, and does not repeat what the recipe says.
+        said = {_source(source): (_source(source), stage.name, str(source["licence"])) for source in reversed(those)}
+        found += reversed(said.values())
     return found
+
+
+def _source(source: dict[str, Any]) -> str:
+    name = str(source.get("name", source.get("type")))
+    return f"{name} {source['version']}" if source.get("version") and "package" not in source else name
 
 
 def stage_section(stage: StageView) -> dict[str, Any]:
@@ -265,6 +277,7 @@ def stage_section(stage: StageView) -> dict[str, Any]:
         "line": " · ".join(words),
         "notices": stage.notices,
         "alerts": stage.alerts,
+        "pages": stage.pages,
         "summary": record.get("summary") or [],
         "charts": [] if stage.produces == SCORED else training_charts(stage),
         "figures": [(name, figure(name, value)) for name, value in (record.get("metrics") or {}).items()],

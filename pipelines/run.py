@@ -100,10 +100,15 @@ def _parser() -> argparse.ArgumentParser:
     mode.add_argument("--status", action="store_true", help="show what the artifacts say of themselves")
     mode.add_argument("--sync", action="store_true", help="replay metrics and lineage of --runs into W&B")
     add_recipe_options(parser, "recipe")
+    parser.add_argument(
+        "--override-gate", action="append", default=[], metavar="STAGE[:METRIC]",
+        help="go on past a closed gate of this evaluate stage, on record",
+    )  # fmt: skip
     limits = parser.add_argument_group("with --all")
     limits.add_argument("--from", dest="first", metavar="NAME", help="leave out the stages that do not depend on it")
     limits.add_argument("--until", dest="last", metavar="NAME", help="stop after this stage")
     limits.add_argument("--num_gpus", type=int, metavar="N", help="processes a training stage; also for --plan")
+    parser.add_argument("--price_per_gpu_hour", type=float, metavar="X", help="--plan: what an hour of one GPU costs")
     parser.add_argument("--json", action="store_true", help="--plan and --status as JSON")
     return parser
 
@@ -138,8 +143,12 @@ def _check_combination(options: argparse.Namespace) -> None:
         raise CommandError("--from and --until belong to --all; see --help")
     if options.num_gpus is not None and not (options.all or options.plan):
         raise CommandError("--num_gpus belongs to --all and --plan; with --stage give it to deepspeed, before run.py")
+    if options.override_gate and not (options.all or options.stage):
+        raise CommandError("--override-gate belongs to --all and --stage; see --help")
     if options.num_gpus is not None and options.num_gpus < 1:
         raise CommandError(f"--num_gpus must be at least 1; got {options.num_gpus}")
+    if options.price_per_gpu_hour is not None and not (options.plan and options.price_per_gpu_hour >= 0):
+        raise CommandError("--price_per_gpu_hour belongs to --plan and must not be negative; see --help")
     if options.json and not (options.plan or options.status):
         raise CommandError("--json belongs to --plan and --status; see --help")
 
@@ -171,7 +180,8 @@ def _act(options: argparse.Namespace, stages: Registry) -> int:
         return _run_all(chain, options)
     from pipelines.single import run_stages
 
-    return run_stages(chain, options.stage, _surroundings(chain), lambda node: command_line(node, options))
+    said = options.override_gate
+    return run_stages(chain, options.stage, _surroundings(chain), lambda node: command_line(node, options), said)
 
 
 def _require_writable(runs: Path) -> None:
@@ -208,6 +218,12 @@ def _chain(options: argparse.Namespace, stages: Registry) -> Chain:
     if faults:
         raise ConfigError(faults)
     chain = build_chain(recipe, options.runs.absolute(), stages)
+    if options.override_gate:
+        from pipelines.gates_run import override_faults
+
+        faults = override_faults(chain, options.override_gate)
+    if faults:
+        raise ConfigError(faults)
     if len(options.stage or []) > 1:
         _refuse_training(chain, options.stage)
     return chain
@@ -226,7 +242,7 @@ def _show_plan(chain: Chain, options: argparse.Namespace) -> int:
     from pipelines.preflight import refuse_early
 
     refuse_early(chain, chain, options.num_gpus, None)
-    found = plan(chain, options.num_gpus or 1)
+    found = plan(chain, options.num_gpus or 1, options.price_per_gpu_hour)
     _print(found, plan_lines(found), options.json)
     return 0
 
@@ -247,6 +263,7 @@ def _print(data: object, lines: list[str], as_json: bool) -> None:
 
 
 def _run_all(chain: Chain, options: argparse.Namespace) -> int:
+    from pipelines.contamination import contamination_notes
     from pipelines.launch import run_all
     from pipelines.preflight import refuse_early, refuse_shorter
     from stages.runtime.artifact import has_gpu
@@ -254,12 +271,15 @@ def _run_all(chain: Chain, options: argparse.Namespace) -> int:
     chosen = chain.selection(options.first, options.last)
     refuse_shorter(chain, chosen)
     refuse_early(chain, chosen, options.num_gpus, has_gpu())
+    for note in contamination_notes(chain):
+        print(f"note: {note}", flush=True)
     return run_all(
         chain,
         chosen,
         lambda nodes: stages_argv(nodes, options),
         lambda node: command_line(node, options),
         finish=lambda: _write_report(chain),
+        overrides=options.override_gate,
     )
 
 
@@ -269,9 +289,10 @@ def _write_report(chain: Chain) -> None:
     from stages.runtime.scrub import environment_secrets, scrub_text
 
     try:
-        from pipelines.report import write_report
+        from pipelines.report import refresh_report
 
-        print(f"report: {shown(write_report(chain))}", flush=True)
+        path, is_new = refresh_report(chain)
+        print(f"report: {shown(path)}{'' if is_new else ' (up to date)'}", flush=True)
     except (Exception, SystemExit) as error:
         said = " ".join(f"the report could not be written: {type(error).__name__}: {error}".split())
         print(scrub_text(said, environment_secrets()), file=sys.stderr, flush=True)
@@ -291,6 +312,7 @@ def stages_argv(nodes: Sequence[Node], options: argparse.Namespace) -> list[str]
     script = ROOT / "pipelines" / "run.py"
     start = launcher_argv(script, options.num_gpus) if nodes[0].stage.launched else [sys.executable, str(script)]
     names = [word for node in nodes for word in ("--stage", node.name)]
+    names += [word for gate in options.override_gate for word in ("--override-gate", gate)]
     return [*start, *names, *_recipe_options(options), "--runs", str(options.runs.absolute())]
 
 

@@ -23,11 +23,20 @@ SUBJECT = "from_"
 
 @dataclasses.dataclass(frozen=True)
 class Items:
-    """What a score is made of: ``value = sum(numerator) / sum(denominator)`` over the items ``ids``."""
+    """What a score is made of: ``value = sum(numerator) / sum(denominator)`` over the items ``ids``.
+
+    Items of one of the ``families`` (a template, a document) are not independent; without them each is one of its own.
+    """
 
     ids: list[str]
     numerator: list[float]
     denominator: list[float]
+    families: list[str] | None = None
+
+    @property
+    def independent(self) -> int:
+        """How many of the items, or families of items, are independent."""
+        return len(set(self.ids if self.families is None else self.families))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +57,15 @@ class Score:
     decoding: Mapping[str, Any] | None
     settings: Mapping[str, Any]
     items: Items | None
+    part: str | None = None
+    """What the last segment of the name is (``language``, ``domain``); none for a score over a whole set."""
+
+    @property
+    def counted(self) -> str:
+        """What was counted, and into how many families it falls where not all of it is independent."""
+        independent = self.n if self.items is None else self.items.independent
+        families = f" in {independent:,} families" if independent < self.n else ""
+        return f"{self.n:,} {self.n_unit}{families}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +154,7 @@ def _score(entry: Mapping[str, Any], items: Mapping[str, Any], shared: Mapping[s
         decoding=entry.get("decoding"),
         settings={**shared, **(entry.get("settings") or {})},
         items=_items(items.get(entry["items"])) if entry.get("items") else None,
+        part=entry.get("part"),
     )
 
 
@@ -144,6 +163,8 @@ def _items(plain: Mapping[str, Any] | None) -> Items | None:
         return None
     ids, numerator = [str(name) for name in plain["ids"]], [float(value) for value in plain["numerator"]]
     denominator = [float(value) for value in plain.get("denominator") or [1.0] * len(ids)]
-    if not len(ids) == len(numerator) == len(denominator):
-        raise ValueError(f"{len(ids)} ids, {len(numerator)} numerators and {len(denominator)} denominators")
-    return Items(ids, numerator, denominator)
+    families = None if plain.get("families") is None else [str(name) for name in plain["families"]]
+    counts = [len(ids), len(numerator), len(denominator), len(ids if families is None else families)]
+    if len(set(counts)) > 1:
+        raise ValueError("{} ids, {} numerators, {} denominators and {} families".format(*counts))
+    return Items(ids, numerator, denominator, families)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Sequence
 
 from pipelines.chain import Chain, Node
 from pipelines.gate import Gate
+from pipelines.gates_run import passed_over, settle, settle_before, unmeasured_faults
 from pipelines.graph import input_name
 from pipelines.preflight import refuse_early, refuse_shorter
 from pipelines.staleness import standing
@@ -18,11 +20,17 @@ from stages.runtime.lifecycle import Surroundings, execute, follow
 CommandFor = Callable[[Node], str]
 
 
-def run_stages(chain: Chain, names: Sequence[str], around: Surroundings, command_for: CommandFor) -> int:
+def run_stages(
+    chain: Chain,
+    names: Sequence[str],
+    around: Surroundings,
+    command_for: CommandFor,
+    overrides: Sequence[str] = (),
+) -> int:
     """Run the stages ``names`` in order and return the first exit code that is not 0, the same on every rank.
 
     Several share this process and its imports, but no settings; each is an artifact of its own. ``command_for`` gives
-    the command that runs a stage, for messages.
+    the command that runs a stage, for messages; ``overrides`` are the gates that do not stop it.
 
     Raises:
         ConfigError: when a training ancestor is missing or stale; it is never trained on the side.
@@ -30,19 +38,23 @@ def run_stages(chain: Chain, names: Sequence[str], around: Surroundings, command
     with distributed.note_launcher():
         distributed.settle_threads()
         for name in names:
-            code = _run_noted(chain, chain.nodes[name], around, command_for)
+            code = _run_noted(chain, chain.nodes[name], around, command_for, overrides)
             if code != EXIT_DONE:
                 return code
     return EXIT_DONE
 
 
-def _run_noted(chain: Chain, node: Node, around: Surroundings, command_for: CommandFor) -> int:
+def _run_noted(
+    chain: Chain, node: Node, around: Surroundings, command_for: CommandFor, overrides: Sequence[str]
+) -> int:
     if distributed.world_size() == 1:
-        code = _prepare(chain, node, around, command_for)
-        return _execute(node, around) if code is None else code
+        code = _prepare(chain, node, around, command_for, overrides)
+        if code is None:
+            code = _execute(node, _knowing(chain, node, around, overrides))
+        return _settled(chain, node, code, overrides)
     gate = Gate(node.job.directory)
     if distributed.rank() == 0:
-        return _run_with_others(chain, node, around, command_for, gate)
+        return _settled(chain, node, _run_with_others(chain, node, around, command_for, gate, overrides), overrides)
     verdict = gate.wait()
     return follow(node.stage(), node.job, around) if verdict is None else verdict
 
@@ -82,7 +94,19 @@ def needed(chain: Chain, node: Node, command_for: CommandFor, also: Collection[s
     return list(wanted.values())
 
 
-def _prepare(chain: Chain, node: Node, around: Surroundings, command_for: CommandFor) -> int | None:
+def _knowing(chain: Chain, node: Node, around: Surroundings, overrides: Sequence[str]) -> Surroundings:
+    """``around`` with the gates that ``node`` is let past, for its record."""
+    return dataclasses.replace(around, overridden_gates=passed_over(chain, node, overrides))
+
+
+def _settled(chain: Chain, node: Node, code: int, overrides: Sequence[str]) -> int:
+    """The exit code of a stage that ended with ``code``, once its gates are judged."""
+    return EXIT_FAILED if code == EXIT_DONE and not settle(chain, node, overrides) else code
+
+
+def _prepare(
+    chain: Chain, node: Node, around: Surroundings, command_for: CommandFor, overrides: Sequence[str]
+) -> int | None:
     """Make the data stages that ``node`` needs; None when the way is free, else the exit code.
 
     A request to stop that comes between two stages is honoured by the next one, just before it would run: its state is
@@ -91,6 +115,10 @@ def _prepare(chain: Chain, node: Node, around: Surroundings, command_for: Comman
     if standing(node).done:
         print(f"{node.name}: already done, {shown(node.job.directory)}")
         return EXIT_DONE
+    if undecided := unmeasured_faults(chain, node, overrides, command_for):
+        raise ConfigError(undecided)
+    if not settle_before(chain, node, overrides):
+        return EXIT_FAILED
     refuse_shorter(chain, [node])
     refuse_early(chain, [*needed(chain, node, command_for), node], distributed.world_size(), has_gpu())
     for ancestor in needed(chain, node, command_for):
@@ -100,13 +128,16 @@ def _prepare(chain: Chain, node: Node, around: Surroundings, command_for: Comman
     return None
 
 
-def _run_with_others(chain: Chain, node: Node, around: Surroundings, command_for: CommandFor, gate: Gate) -> int:
+def _run_with_others(
+    chain: Chain, node: Node, around: Surroundings, command_for: CommandFor, gate: Gate, overrides: Sequence[str]
+) -> int:
     """Rank 0 of several: whatever becomes of the preparation, the others hear of it."""
     gate.close()
     code: int | None = EXIT_FAILED
     try:
-        code = _prepare(chain, node, around, command_for)
+        code = _prepare(chain, node, around, command_for, overrides)
         if code is None:
+            around = _knowing(chain, node, around, overrides)
             code = execute(node.stage(), node.job, around, lambda: _let_in(node, gate))
     except ConfigError:
         code = EXIT_CONFIG
@@ -123,5 +154,5 @@ def _execute(node: Node, around: Surroundings) -> int:
 
 def _let_in(node: Node, gate: Gate) -> None:
     distributed.stop_if_asked(node.job.directory)
-    if node.stage.launched:
+    if node.stage.launched or node.stage.shared:
         gate.open()

@@ -63,7 +63,7 @@ def _unfinished(node: Node, record: Mapping[str, Any]) -> Standing:
             return Standing("running", [f"running since {record['started_at']} as {who}{note}"], record)
         return Standing("interrupted", [f"interrupted{at_step}: {who} is dead"], record)
     if state == "done" and record["extension"] != dict(node.job.extension):
-        changes = _changes(record["extension"], dict(node.job.extension))
+        changes = leaf_changes(record["extension"], dict(node.job.extension))
         return Standing("extended", [f"extended: {', '.join(changes)}"], record)
     if state == "done":
         return Standing("stale", [f"its output is gone from {artifact.shown(directory)}"], record)
@@ -102,7 +102,7 @@ def extension_notes(node: Node) -> list[str]:
     left = [directory.name for directory in _made_from(node.job.directory)]
     if not left:
         return []
-    changes = ", ".join(_changes(found.record["extension"], dict(node.job.extension)))
+    changes = ", ".join(leaf_changes(found.record["extension"], dict(node.job.extension)))
     return [
         f"extending {node.name} ({changes}) replaces the output that {', '.join(left)} came from: they stay as they "
         f"are but belong to no recipe any more, and their stages run anew; copy {artifact.shown(node.job.directory)} "
@@ -158,9 +158,9 @@ def _differences(node: Node, record: Mapping[str, Any]) -> Iterator[str]:
         return
     if old["code_version"] != new["code_version"]:
         yield f"code version {old['code_version']} -> {new['code_version']}"
-    yield from _changes(old["config"], new["config"], node.name)
-    yield from _changes(old["model"], new["model"], "model")
-    yield from _changes(old["seed"], new["seed"], "seed")
+    yield from leaf_changes(old["config"], new["config"], node.name)
+    yield from leaf_changes(old["model"], new["model"], "model")
+    yield from leaf_changes(old["seed"], new["seed"], "seed")
     for field in sorted(old["parents"].keys() | new["parents"].keys()):
         if old["parents"].get(field) != new["parents"].get(field):
             yield _parent_change(node, field, record)
@@ -178,18 +178,18 @@ def _parent_change(node: Node, field: str, record: Mapping[str, Any]) -> str:
     return f"parent {new.stage} changed" if old["stage"] == new.stage else f"parent {old['stage']} -> {new.stage}"
 
 
-def _changes(old: Any, new: Any, path: str = "") -> list[str]:
+def leaf_changes(old: Any, new: Any, path: str = "") -> list[str]:
     """``path old -> new`` for each leaf that differs; of lists of sections that cannot be paired, their names."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         names = [*old, *(name for name in new if name not in old)]
         below = f"{path}." if path else ""
-        return [change for name in names for change in _changes(old.get(name), new.get(name), f"{below}{name}")]
+        return [change for name in names for change in leaf_changes(old.get(name), new.get(name), f"{below}{name}")]
     if old == new:
         return []
     if _are_sections(old) and _are_sections(new):
         if [_section_name(one) for one in old] == [_section_name(one) for one in new]:
             pairs = zip(old, new, strict=True)
-            return [change for number, pair in enumerate(pairs) for change in _changes(*pair, f"{path}.{number}")]
+            return [change for number, pair in enumerate(pairs) for change in leaf_changes(*pair, f"{path}.{number}")]
         return [f"{path} {_names(old)} -> {_names(new)}"]
     return [f"{path} {plain(old)} -> {plain(new)}"]
 

@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.chain import Chain, Node
+from pipelines.gates_graph import gates_of
 from pipelines.staleness import standing, variants
 from pipelines.table import age, with_last_column
 from stages.runtime import artifact
 
 
 def status(chain: Chain) -> list[dict[str, Any]]:
-    """One entry an artifact, stages in the recipe's order; ``current`` marks the recipe's key."""
-    return [entry for node in chain for entry in _entries(node)]
+    """One entry an artifact, stages in the recipe's order; ``current`` marks the recipe's key.
+
+    A finished evaluation with gates has its judgements under ``gates``, and the state ``gate closed`` where they stop
+    the chain.
+    """
+    return [_with_gates(chain, node, entry) for node in chain for entry in _entries(node)]
 
 
 def status_lines(entries: list[dict[str, Any]], width: int | None = None) -> list[str]:
@@ -32,11 +37,27 @@ def status_lines(entries: list[dict[str, Any]], width: int | None = None) -> lis
             _number(entry["tokens_per_s"], ",.0f"),
             _ago(entry["checkpoint_age_s"]),
             _ago(entry["age_s"]),
-            entry["note"],
+            "; ".join(filter(None, [entry.get("alarms") and f"ALARM: {entry['alarms']}", entry["note"]])),
         ]
         for entry in entries
     ]
     return [*with_last_column(headers, rows, width), "", "* the artifact of the recipe as it stands"]
+
+
+def _with_gates(chain: Chain, node: Node, entry: dict[str, Any]) -> dict[str, Any]:
+    """``entry`` with what its gates say, in the note as well."""
+    if not (gates_of(node.job.config) and entry["current"] and entry["state"] == "done"):
+        return entry
+    from pipelines.gates import judge, line, plain, verdict_of
+
+    try:
+        found = judge(chain, node)
+    except artifact.ArtifactError as error:
+        return {**entry, "state": "gate closed", "note": f"its gates cannot be judged: {error}"}
+    told = [line(one) for one in found if one.closed]
+    note = "; ".join(told) or f"gates: {verdict_of(found)}"
+    state = "gate closed" if told else entry["state"]
+    return {**entry, "state": state, "note": note, "gates": [plain(one) for one in found]}
 
 
 def _entries(node: Node) -> list[dict[str, Any]]:
@@ -70,7 +91,14 @@ def _entry(stage: str, key: str, directory: Path, record: Mapping[str, Any] | No
         "checkpoint_age_s": _checkpoint_age_s(directory),
         "age_s": _age_s(directory, record),
         "note": record.get("error") or "",
+        "alarms": _standing_alarms(rows),
     }
+
+
+def _standing_alarms(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the newest row of an alarm says is wrong; empty where nothing is."""
+    told = [rows[event] for event in ("alarm_loss", "alarm_heldout") if event in rows]
+    return str(max(told, key=lambda row: row["time"])["standing"]) if told else ""
 
 
 def _state(record: Mapping[str, Any]) -> str:

@@ -3,7 +3,8 @@
 ``make torture`` runs 60 SIGKILLs at random moments and at random file operations (so in and between saves), some
 SIGTERMs, a flipped byte in each file of a checkpoint, a full disk, and controls that must be told apart from the
 uninterrupted run. Every finished run is compared with one that was never disturbed: all bytes of its output, and every
-metric of every step. SIGKILL leaves the page cache alone, so a power cut is not what is shown here.
+metric of every step. Then the making and the reading of data are killed 200 times (``torture_data.py``). SIGKILL leaves
+the page cache alone, so a power cut is not what is shown here.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMED = {"time", "tokens_per_s", "mfu", "seconds"}
+TIMED = {"time", "tokens_per_s", "mfu", "seconds", "data_wait_share"}
 MAX_STEPS = 12
 SETTINGS = {
     "max_steps": MAX_STEPS,
@@ -309,6 +310,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--kills", type=int, default=60, help="SIGKILLs (default 60)")
     parser.add_argument("--stops", type=int, default=4, help="SIGTERMs, at most 11 (default 4)")
+    parser.add_argument("--data_kills", type=int, default=200, help="SIGKILLs over shards, tokenizers, loading (200)")
     parser.add_argument("--seed", type=int, default=1, help="of the moments (default 1)")
     parser.add_argument("--directory", type=Path, help="where to work; kept (default: a temporary one, removed)")
     return parser.parse_args(argv)
@@ -339,6 +341,10 @@ def main(argv: list[str] | None = None) -> int:
     campaign.fill()
     campaign.stop(arguments.stops)
     campaign.kill(arguments.kills)
+    if arguments.data_kills:
+        import torture_data
+
+        campaign.faults += torture_data.run(root / "data", arguments.data_kills, arguments.seed)
     for fault in campaign.faults:
         print(f"FAULT {fault}")
     verdict = f"{len(campaign.faults)} faults" if campaign.faults else "every run ended bit-equal"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,6 +47,20 @@ class ConfigError(ValueError):
             faults = [Fault("", faults)]
         self.faults = [faults] if isinstance(faults, Fault) else list(faults)
         super().__init__("\n".join(str(fault) for fault in self.faults))
+
+
+class SourceName(str):
+    """The name of a source, with the language and domain by which a mixture may weigh it; None where unknown."""
+
+    language: str | None = None
+    domain: str | None = None
+
+    @classmethod
+    def of(cls, source: Any) -> SourceName:
+        """The name of a configured source."""
+        name = cls(source.name)
+        name.language, name.domain = source.language, source.domain
+        return name
 
 
 class StopRequested(Exception):  # noqa: N818 - a request, not an error
@@ -135,6 +149,9 @@ class Stage(ABC):
     launched: ClassVar[bool] = False
     """Whether the stage trains under the deepspeed launcher, one process a rank. Data stages run in rank 0 alone."""
 
+    shared: ClassVar[bool] = False
+    """Whether a stage that is not ``launched`` is run by all ranks together where a launcher started several."""
+
     @classmethod
     def key_config(cls, config: Any) -> dict[str, Any]:
         """The part of ``config`` that decides the result: all but operational fields, inputs and ``extension``."""
@@ -170,7 +187,7 @@ class Stage(ABC):
         return []
 
     @classmethod
-    def source_names(cls, config: Any) -> list[str] | None:
+    def source_names(cls, config: Any) -> Sequence[str] | None:
         """Names of the sources that the stage brings into the chain; None when it brings none of its own."""
         return None
 

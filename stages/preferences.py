@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +14,7 @@ from data.preferences_config import FilePreferences, PreferenceSource
 from data.preferences_rows import files_of
 from model.spec import ModelSpec
 from stages.base import ConfigError, Fault, Stage, StageConfig, StageContext, StageResult
+from stages.runtime.sources import repeated_names
 
 
 class PreferencesConfig(StageConfig):
@@ -39,12 +39,8 @@ class Preferences(Stage):
     @classmethod
     def check(cls, config: Any, model: ModelSpec | None) -> list[Fault]:
         """Names must differ, and one's own files must be there."""
-        faults = []
-        counts = Counter(source.name for source in config.sources)
+        faults = repeated_names(config.sources)
         for index, source in enumerate(config.sources):
-            if counts[source.name] > 1:
-                message = f"must differ from the other sources' names; got {source.name!r} {counts[source.name]} times"
-                faults.append(Fault(f"sources.{index}.name", message))
             if isinstance(source, FilePreferences):
                 try:
                     files_of(source)

@@ -8,9 +8,12 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from data.mixture import MixtureBy
+from data.windows import Packing
 from model.spec import ModelSpec
 from stages.base import Fault, Input, Stage, StageConfig, StageContext, StageResult, operational
-from stages.runtime import settings
+from stages.runtime import mixture_settings, settings
+from stages.runtime.mixture_settings import MixturePhase
 from stages.runtime.schedule import extends
 from stages.runtime.training_config import TrainingConfig
 
@@ -33,9 +36,21 @@ class PretrainConfig(TrainingConfig):
     compile: bool = operational(False)
     """Compile each block and the loss with ``torch.compile``: faster steps after a first one that takes minutes."""
     mixture: dict[str, float] | None = None
-    """Weight a source of the data's ``tokens.json``, normalised to shares of tokens; none is in proportion to size."""
+    """Weight of each word that ``mixture_by`` means, normalised to shares of tokens; none is in proportion to size."""
+    mixture_by: MixtureBy = "source"
+    """What ``mixture`` weighs: sources, languages, domains, or ``language/domain`` (``en/science``; ``-`` where a
+    source has no domain). Sources of one word share its weight by their tokens."""
+    phases: list[MixturePhase] = Field(default_factory=list)
+    """Other weights from later steps on; the first phase, from step 0, has ``mixture``."""
+    cap_epochs: float | None = Field(None, gt=0)
+    """Most passes over a source, kept by lowering its share in favour of the others; none asks ``max_epochs`` alone."""
+    packing: Packing = "cut"
+    """``cut`` the stream of documents into rows, or keep documents ``whole`` by best fit, padding what stays open."""
+    prefetch_steps: int = operational(2, ge=0, le=64)
+    """Steps whose batches are read ahead by a thread; 0 reads when they are needed."""
     max_epochs: float = operational(4.0, gt=0)
-    """Passes over any source that the plan may ask for; more is refused before the first step, never cut short."""
+    """Passes over any source that the plan may ask for; more is refused before the first step, never cut short
+    (``cap_epochs`` takes its place)."""
 
 
 class Pretrain(Stage):
@@ -43,7 +58,7 @@ class Pretrain(Stage):
 
     kind: ClassVar[str] = "pretrain"
     Config: ClassVar[type[StageConfig]] = PretrainConfig
-    code_version: ClassVar[int] = 1
+    code_version: ClassVar[int] = 2
     produces: ClassVar[str] = "model"
     inputs: ClassVar[dict[str, Input]] = {"data": Input("tokens"), "from_": Input("model", optional=True)}
     uses_model: ClassVar[bool] = True
@@ -51,8 +66,9 @@ class Pretrain(Stage):
 
     @classmethod
     def extension(cls, config: Any) -> dict[str, Any]:
-        """``max_steps`` under schedules whose earlier steps do not depend on it."""
-        return {"max_steps": config.max_steps} if extends(config.schedule) else {}
+        """``max_steps`` where no earlier step depends on it: neither its learning rate nor its mixture."""
+        independent = extends(config.schedule) and config.cap_epochs is None
+        return {"max_steps": config.max_steps} if independent else {}
 
     @classmethod
     def check(cls, config: Any, model: ModelSpec | None) -> list[Fault]:
@@ -74,8 +90,8 @@ class Pretrain(Stage):
 
     @classmethod
     def check_sources(cls, config: Any, sources: Mapping[str, list[str]]) -> list[Fault]:
-        """A ``mixture`` that names another source than the data's, or leaves one of them out."""
-        return settings.mixture_faults(config.mixture, sources["data"]) if "data" in sources else []
+        """A ``mixture`` or phase that names what the data do not have, or leaves out what they have."""
+        return mixture_settings.source_faults(config, sources["data"]) if "data" in sources else []
 
     @classmethod
     def plan(cls, config: Any, model: ModelSpec | None, world_size: int) -> dict[str, Any]:

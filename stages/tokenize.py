@@ -23,6 +23,8 @@ class TokenizeConfig(StageConfig):
     """Share of training documents rendered as a chat turn, so that the chat specials are trained from the start."""
     min_special_count: int = Field(8, ge=1)
     """Fewest occurrences in training of every special but padding; fewer is refused (TRAPS T8)."""
+    workers: int = operational(1, ge=1, le=256)
+    """Processes that encode; the result does not depend on it. One shares the machine's cores by threads."""
     progress_seconds: float = operational(10.0, gt=0)
     """Seconds between lines of progress."""
 
@@ -32,7 +34,7 @@ class Tokenize(Stage):
 
     kind: ClassVar[str] = "tokenize"
     Config: ClassVar[type[StageConfig]] = TokenizeConfig
-    code_version: ClassVar[int] = 1
+    code_version: ClassVar[int] = 2
     produces: ClassVar[str] = "tokens"
     inputs: ClassVar[dict[str, Input]] = {
         "corpus": Input(produces="corpus"),
@@ -56,6 +58,7 @@ class Tokenize(Stage):
             seed=context.seed,
             chat_share=context.config.chat_share,
             min_special_count=context.config.min_special_count,
+            workers=context.config.workers,
             progress_seconds=context.config.progress_seconds,
         )
         return StageResult(_metrics(facts), _summary(facts))

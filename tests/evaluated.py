@@ -15,21 +15,26 @@ from data.tasks import TaskChoice, rows
 from stages.base import StageContext
 from stages.evaluate import Evaluate, EvaluateConfig
 
+MAX_SEQ_LEN = 192
 INPUTS = ("data", "messages", "tasks", "preferences", "facts")
 SUITES: dict[str, Any] = {
     "bpb": {"seq_len": 32, "documents": 4, "document_tokens": 40},
-    "margins": {},
+    "margins": {"top_k": [1, 5]},
     "reasoning": {"questions": 9, "max_new_tokens": 4},
     "safety": {"max_new_tokens": 4},
+    "decoding": {"prompts": 2, "facts": 2, "max_new_tokens": 8},
     "format": {"max_new_tokens": 6},
+    "needles": {"lengths": [112], "depths": [0.0, 1.0], "needles": 2, "others": 1},
     "samples": {"prompts": {"one": "the cat", "two": "der Hund"}, "max_new_tokens": 5},
 }
 FACTS = [
-    {"id": f"f{number}", "domain": domain, "language": "en", "prompt": prompt, "correct": correct, "distractors": wrong}
-    for number, (domain, prompt, correct, wrong) in enumerate([
-        ("animals", "the cat sat on a red", "mat", ["dog", "hill"]),
-        ("animals", "one small", "dog", ["cat", "old"]),
-        ("places", "over the old", "hill", ["dog mat", "mat"]),
+    {"id": f"f{number}", "domain": domain, "language": "en", "family": correct,
+     "prompt": prompt, "correct": correct,
+     "distractors": {"medium": wrong} | ({"hard": hard} if hard else {})}
+    for number, (domain, prompt, correct, wrong, hard) in enumerate([
+        ("animals", "the cat sat on a red", "mat", ["dog", "hill"], ["cat", "sat"]),
+        ("animals", "one small", "dog", ["cat", "old"], ["mat", "sat"]),
+        ("places", "over the old", "hill", ["dog mat", "mat"], []),
     ])
 ]  # fmt: skip
 
@@ -37,7 +42,7 @@ FACTS = [
 def make_parents(folder: Path) -> dict[str, Path]:
     """Finished artifacts by the stage's input; the model has random weights."""
     parents = {name: folder / name for name in INPUTS if name != "data"}
-    parents |= {"from_": make_parent(folder / "model"), "data": make_tokens(folder / "data")}
+    parents |= {"from_": make_parent(folder / "model", max_seq_len=MAX_SEQ_LEN), "data": make_tokens(folder / "data")}
     messages_data(parents["messages"])
     for name in ("facts", "tasks", "preferences"):
         (parents[name] / "output").mkdir(parents=True)
@@ -57,7 +62,8 @@ def _questions(task: str) -> list[dict[str, Any]]:
 def preference_rows() -> list[dict[str, Any]]:
     """Two pairs a prompt, so that a prompt that is put twice shows."""
     return [
-        {"id": f"{category}-{language}-{number}-{pair}", "category": category, "language": language, "template": "t",
+        {"id": f"{category}-{language}-{number}-{pair}", "category": category, "language": language,
+         "template": f"{category}/{'ab'[number > 0]}",
          "prompt": [{"role": "user", "content": f"{category} {number} {language}"}],
          "chosen": [{"role": "assistant", "content": refusal("x", language)}], "rejected": []}
         for category in ("harmful", "benign") for language in ("en", "de") for number in range(3) for pair in range(2)

@@ -88,8 +88,8 @@ CASES: dict[str, Case] = {
 """Fine-tuning stages by kind."""
 
 
-def make_parent(directory: Path) -> Path:
-    """A finished model artifact of a tiny model with random weights and a real tokenizer."""
+def make_parent(directory: Path, **changes: Any) -> Path:
+    """A finished model artifact of a tiny model, random weights, a real tokenizer; ``changes`` go into its spec."""
     from model.config import HybridConfig
     from model.lm import HybridForCausalLM
     from stages.runtime import rng
@@ -99,7 +99,7 @@ def make_parent(directory: Path) -> Path:
     output = directory / "parent" / "output"
     rng.seed_all(5)
     facts = json.loads((tokens / "output" / "tokens.json").read_text())
-    config = HybridConfig.from_spec(spec(), eos_token_id=facts["eos_id"], pad_token_id=facts["pad_id"])
+    config = HybridConfig.from_spec(spec(**changes), eos_token_id=facts["eos_id"], pad_token_id=facts["pad_id"])
     save_weights(output, HybridForCausalLM(config), tokens / "output" / "tokenizer")
     return finish(directory / "parent", {"final_lr": PARENT_LR})
 

@@ -241,6 +241,12 @@ def lives(bench: Bench, kills: int) -> dict[str, Any]:
     return result
 
 
+def two_ranks_zero1(bench: Bench, kills: int) -> dict[str, Any]:
+    """Two ranks under ZeRO-1; CI kills those of ZeRO-2, which partitions the gradients besides."""
+    how = {"ranks": 2, "config": {"deepspeed": "zero1", "micro_batch_size": 1}}
+    return killed(bench, kills, name="killed-zero1", whole="whole-zero1", first=signal.SIGTERM, **how)
+
+
 def campaign(kind: str, root: Path, kills: int, parts: list[str]) -> dict[str, Any]:
     """All that is asked of one stage, or the ``parts`` of it."""
     started = time.monotonic()
@@ -250,6 +256,8 @@ def campaign(kind: str, root: Path, kills: int, parts: list[str]) -> dict[str, A
     result: dict[str, Any] = {"import_s": time.monotonic() - started}
     if "lives" in parts:
         result |= lives(bench, kills)
+    if "zero1" in parts:
+        result["two_ranks_zero1"] = two_ranks_zero1(bench, kills)
     if "probes" in parts and bench.case.probes is not None:
         result["probes"] = bench.case.probes(bench)
     return result | {"seconds": time.monotonic() - started}
@@ -261,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("root", type=Path)
     parser.add_argument("--kinds", nargs="*", default=sorted(cases.CASES))
     parser.add_argument("--kills", type=int, default=1)
-    parser.add_argument("--parts", nargs="*", default=["lives", "probes"])
+    parser.add_argument("--parts", nargs="*", choices=["lives", "zero1", "probes"], default=["lives", "probes"])
     options = parser.parse_args(argv)
     found = {kind: campaign(kind, options.root / kind, options.kills, options.parts) for kind in options.kinds}
     print(json.dumps(found))

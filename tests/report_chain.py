@@ -10,7 +10,8 @@ from pydantic import Field
 
 from pipelines.chain import Chain, build_chain
 from pipelines.recipe import load_recipe
-from stages.base import Input, Section, Stage, StageConfig, StageResult
+from stages.base import Input, Section, Stage, StageConfig, StageResult, operational
+from stages.runtime.gates import GateConfig
 from stages.runtime.lifecycle import Surroundings, execute
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)> "quoted" & </pre></style>'
@@ -64,6 +65,10 @@ class JudgeConfig(StageConfig):
     """Identity of the set."""
     word: str = "well"
     """What the samples say."""
+    families: int | None = None
+    """Into how many families the items fall."""
+    gates: list[GateConfig] = operational([])
+    """What the scores must keep to."""
 
 
 class ShipConfig(StageConfig):
@@ -123,6 +128,9 @@ class Judge(Stage):
     def run(self, context: Any) -> StageResult:
         config = context.config
         plain, items = measured(config.quality, config.items, config.set_hash, context.name)
+        if config.families is not None:
+            for one in items.values():
+                one["families"] = [f"t{place % config.families}" for place in range(config.items)]
         (context.output / "scores.json").write_text(json.dumps(plain))
         (context.output / "items.json").write_text(json.dumps(items))
         (context.output / "samples.json").write_text(json.dumps(samples(config.word)))

@@ -1,21 +1,22 @@
-"""Comparing variants: paired intervals that mean what they say, sets that must be one, verdicts that know noise."""
+"""Comparing variants: sets that must be one, scores side by side and never averaged, what the models said."""
 
 import dataclasses
 import io
 import json
-import random
-import statistics
+import os
+import subprocess
 import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
 from report_chain import HOSTILE, RECIPE, STAGES, make_chain, run_chain
 
 from pipelines.compare import main
 from pipelines.comparison import beside, mismatches
-from pipelines.paired import CONFIDENCE, difference, expanded_tail, paired_interval, student_t
 from pipelines.report_sections import _verdict
 from pipelines.scores import Items, Score, read_evaluation
+
+TESTS = Path(__file__).resolve().parent
 
 
 @pytest.fixture(scope="module")
@@ -50,85 +51,6 @@ def score(items, better="higher", **changes):
         "settings": {}, "items": items,
     }  # fmt: skip
     return Score(**(plain | changes))
-
-
-def test_the_interval_is_that_of_a_bootstrap_written_out_in_loops():
-    draws = random.Random(5)
-    weights = [draws.uniform(1, 9) for _ in range(40)]
-    left = [weight * draws.gauss(2, 0.3) for weight in weights]
-    right = [value - weight * draws.gauss(0.1, 0.2) for value, weight in zip(left, weights, strict=True)]
-    found = []
-    for _ in range(4000):
-        rows = [draws.randrange(40) for _ in range(40)]
-        total = sum(weights[row] for row in rows)
-        found.append((sum(right[row] for row in rows) - sum(left[row] for row in rows)) / total)
-    found.sort()
-    tail = expanded_tail(40)
-    low, high = paired_interval(ratio(left, weights), ratio(right, weights))
-    # Two bootstraps of 4,000 draws place a 2.5% quantile within some 0.06 standard errors of one another.
-    spread = statistics.stdev(found)
-    assert abs(low - found[round(tail * 4000)]) < 0.25 * spread
-    assert abs(high - found[round((1 - tail) * 4000)]) < 0.25 * spread
-
-
-@pytest.mark.parametrize(("freedom", "expected"), [(5, 2.5706), (19, 2.0930), (100, 1.9840)])
-def test_students_t_is_the_tables(freedom, expected):
-    assert student_t((1 + CONFIDENCE) / 2, freedom) == pytest.approx(expected, abs=3e-3)
-
-
-def test_of_pairs_without_a_difference_few_are_called_different():  # trap M6
-    draws, called, pairs = np.random.default_rng(1), 0, 300
-    for _ in range(pairs):
-        shared, noise = draws.normal(size=60), draws.normal(size=(2, 60))
-        verdict = difference(score(ratio(shared + noise[0])), score(ratio(shared + noise[1]))).verdict
-        called += verdict != "within noise"
-    # 5% of 300 is 15 with a standard deviation of 3.8: 27 is three of them above.
-    assert called <= 27
-
-
-def test_a_difference_of_two_standard_errors_is_found_as_often_as_theory_says():
-    draws, found, pairs, count = np.random.default_rng(2), 0, 300, 60
-    for _ in range(pairs):
-        noise = draws.normal(size=count)
-        shared = draws.normal(size=count)
-        shift = 2 / count**0.5
-        found += difference(score(ratio(shared)), score(ratio(shared + noise + shift))).verdict == "better"
-    # P(z > 1.96 - 2) is 0.516; 300 draws have a standard deviation of 2.9%.
-    assert 0.516 - 3 * 0.029 < found / pairs < 0.516 + 3 * 0.029
-
-
-@pytest.mark.parametrize(
-    ("better", "shift", "verdict"),
-    [("higher", 1, "better"), ("higher", -1, "worse"), ("lower", 1, "worse"), ("lower", -1, "better"),
-     ("none", 1, "higher"), ("none", -1, "lower"), ("higher", 0, "within noise")],
-)  # fmt: skip
-def test_the_verdict_follows_the_direction_of_the_score(better, shift, verdict):
-    draws = random.Random(3)
-    left = [draws.random() for _ in range(50)]
-    right = [value + shift + (draws.random() - 0.5) * 0.1 for value in left]
-    assert difference(score(ratio(left), better), score(ratio(right), better)).verdict == verdict
-
-
-def test_items_are_paired_by_name_whatever_their_order():
-    left = ratio([draw / 7 for draw in range(30)])
-    right = Items(left.ids[::-1], [value + 1 for value in left.numerator[::-1]], left.denominator)
-    found = difference(score(left), score(right))
-    assert found.interval == pytest.approx((1, 1))
-
-
-def test_few_items_get_no_verdict():
-    assert difference(score(ratio([0.0] * 5)), score(ratio([1.0] * 5))).verdict == "too few items"
-
-
-@pytest.mark.parametrize("better", ["higher", "lower"])
-def test_a_model_that_gives_no_numbers_is_never_better(better):
-    left, right = ratio([1.0] * 50), ratio([1.0] * 49 + [float("nan")])
-    assert difference(score(left, better), score(right, better)).verdict == "not a number"
-
-
-def test_without_items_nothing_is_called_better():
-    bare = dataclasses.replace(score(ratio([0.0] * 50)), items=None)
-    assert difference(bare, score(ratio([1.0] * 50))).verdict == "not paired"
 
 
 @pytest.mark.parametrize("change", [{"decoding": {"max_new_tokens": 8}}, {"settings": {"seq_len": 64}}])
@@ -247,3 +169,78 @@ def test_a_model_that_nothing_evaluates_says_what_to_add(compare):
 
 def test_evaluate_stages_themselves_can_be_named(compare):
     assert compare("judge-left", "judge-right", "--no-samples")[1].count("better") == 2
+
+
+FAMILIES = RECIPE.replace("word: left", "word: left, families: 20").replace("word: right", "word: right, families: 20")
+
+
+def test_items_of_one_family_are_counted_as_what_they_are(compare, home, capsys):  # trap M6
+    run_chain(make_chain(home, FAMILIES), "judge-left", "judge-right")
+    capsys.readouterr()
+    found = json.loads(compare("left", "right", "--json", "--metric", "bpb", text=FAMILIES)[1])
+    assert found["scores"][0]["differences"]["right"]["families"] == 20
+    assert "200 documents in 20 families" in compare("left", "right", "--no-samples", text=FAMILIES)[1]
+
+
+def test_scores_stand_by_what_they_measure(compare, tmp_path):  # trap M5
+    lines = compare("left", "right", "--no-samples")[1].splitlines()
+    assert [line for line in lines if line.startswith("-- ")] == ["-- bpb", "-- reasoning", "-- safety"]
+    assert lines[lines.index("-- safety") + 1].startswith("safety/over_refusal")
+    page = tmp_path / "page.html"
+    compare("left", "right", "--html", str(page))
+    assert page.read_text(encoding="utf-8").count('<tr class="suite">') == 3
+
+
+def test_an_evaluation_of_another_recipe_is_named_by_its_path(compare, home):
+    (path,) = (home / "runs" / "toy").glob("judge-tuned-*")
+    code, out, _ = compare("judge-right", str(path), "--no-samples")
+    assert code == 0
+    (line,) = [line for line in out.splitlines() if line.startswith("bpb/de")]
+    assert path.name in line
+    assert line.endswith("worse")
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "pairs"])
+def test_a_path_that_is_no_evaluation_is_one_line(compare, home, name):
+    path = name if name.startswith(".") else str(next((home / "runs" / "toy").glob(f"{name}-*")))
+    code, out, err = compare("left", path)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert "must be the directory of a finished evaluation" in err
+
+
+def test_a_recipe_that_tracks_nothing_logs_no_comparison(compare):
+    code, _, err = compare("left", "right", "--no-samples", "--wandb")
+    assert code == 2
+    assert "--wandb: needs W&B; the recipe says tracking.wandb: disabled" in err
+
+
+LOGGED = """
+import sys
+from report_chain import STAGES
+from pipelines.compare import main
+sys.exit(main(sys.argv[1:], STAGES))
+"""
+
+
+def test_offline_both_tables_are_recorded_without_secrets_and_the_report_is_said_to_be_missing(home):  # trap O6
+    (home / "toy.yaml").write_text(RECIPE, encoding="utf-8")
+    argv = ["left", "right", "--no-samples", "--wandb", "--set", "tracking.wandb=offline"]
+    argv += ["--pipeline", str(home / "toy.yaml"), "--runs", str(home / "runs")]
+    # What a model said may be anything: here a word of its answers is a secret of the environment.
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    done = subprocess.run(
+        [sys.executable, "-c", LOGGED, *argv], env={**env, "PLANTED_SECRET": "A cat is right"}, text=True,
+        capture_output=True, check=True, cwd=home,
+    )  # fmt: skip
+    assert "recorded offline in runs/toy/compare; a Report is made online alone" in done.stdout
+    tables = {path.name.partition("_")[0]: path for path in (home / "runs" / "toy" / "compare").rglob("*.table.json")}
+    differences, samples = (json.loads(tables[name].read_bytes()) for name in ("differences", "samples"))
+    rows = [dict(zip(differences["columns"], row, strict=True)) for row in differences["data"]]
+    (row,) = [row for row in rows if row["score"] == "bpb/de"]
+    assert (row["baseline"], row["variant"], row["verdict"], row["n"]) == ("left", "right", "better", 200)
+    assert row["low"] < row["difference"] < row["high"] < 0
+    assert samples["columns"] == ["sample", "prompt", "decoding", "said by left", "said by right"]
+    (english,) = [row for row in samples["data"] if row[0] == "en-cat/greedy"]
+    assert english[1:3] == ["What is a cat?", str({"temperature": 0, "top_p": 1, "seed": 17, "max_new_tokens": 64})]
+    assert english[3].startswith("A cat is left.")
+    assert "A cat is right" not in english[4]

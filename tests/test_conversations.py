@@ -119,3 +119,11 @@ def test_a_limit_of_length_that_changes_what_is_scored_names_another_set(tmp_pat
     assert counts.over_length == 1
     assert scored_hash(whole) == scored_hash(again)
     assert len({scored_hash(whole), scored_hash(dropped), scored_hash(cut)}) == 3
+
+
+def test_rows_of_one_family_stay_together_and_others_stand_for_themselves(tmp_path, tokenizer):  # trap M6
+    talk = [turn("user", "the cat"), turn("assistant", "sat")]
+    rows = [{"id": f"c{number}", "messages": talk, "language": "en"} for number in range(3)]
+    write_jsonl(tmp_path / "rows.jsonl", [{**rows[0], "family": "page"}, {**rows[1], "family": "page"}, rows[2]])
+    found, _ = read_conversations(tmp_path / "rows.jsonl", tokenizer, max_length=200, over_length="drop")
+    assert [conversation.family for conversation in found] == ["page", "page", "c2"]

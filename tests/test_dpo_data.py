@@ -147,12 +147,16 @@ def test_scores_are_those_worked_out_by_hand():
     assert found["preference_accuracy"] == 0.5
     assert found["chosen_change_nats_per_token"] == pytest.approx((0.5 - 1.0) / 2)
     assert (found["n_pairs"], found["n_templates"]) == (2, 2)
-    assert (found["margin_nats_low"], found["margin_nats_high"]) == (-2.0, 2.0)
+    # Two templates of one pair: Student's t of one degree of freedom, 12.7062, times the standard error of 2.
+    assert found["margin_nats_high"] == pytest.approx(12.7062 * 2)
     twins = [pair(number, "ab"[number // 3]) for number in range(6)]
     policy = np.array([[-float(number), -1.0] for number in range(6)])
     found = scores(twins, policy, np.zeros((6, 2)))
-    # Two templates: the widest draws are one of them alone, means 1 - 1 and 1 - 4.
-    assert (found["margin_nats_low/en"], found["margin_nats_high/en"]) == (-3.0, 0.0)
+    # Margins 1 - number: two templates with means 0 and -3, whose mean has a standard error of 1.5.
+    bounds = found["margin_nats_low/en"], found["margin_nats_high/en"]
+    assert bounds == pytest.approx((-1.5 - 12.7062 * 1.5, -1.5 + 12.7062 * 1.5))
+    alone = scores(twins[:3], policy[:3], np.zeros((3, 2)))
+    assert (alone["n_templates"], "margin_nats_low" in alone) == (1, False)
     tied = scores(members, reference, reference)
     assert (tied["margin_nats"], tied["accuracy"]) == (0.0, 0.5)
 
@@ -162,8 +166,8 @@ def test_the_interval_widens_when_pairs_of_a_template_go_together():  # trap M6
     together = interval(values, [str(place // 8) for place in range(96)])
     alone = interval(values, [str(place) for place in range(96)])
     assert together[1] - together[0] > 2 * (alone[1] - alone[0])
-    # The mean of 12 draws of unit variance has a 95% interval of 4 / sqrt(12), roughly.
-    assert together[1] - together[0] == pytest.approx(4 * values.std() / math.sqrt(12), rel=0.2)
+    # Student's t of 11 degrees of freedom is 2.201.
+    assert together[1] - together[0] == pytest.approx(2 * 2.201 * values.std() / math.sqrt(11), rel=0.2)
 
 
 def test_smoothing_is_refused_where_no_loss_reads_it_and_asked_for_where_one_does():

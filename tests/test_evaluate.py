@@ -1,8 +1,10 @@
 """The evaluate stage on a tiny model: slow calculations, the same bytes twice, refusals (TRAPS M1-M8)."""
 
+import dataclasses
 import json
 import math
 import random
+import shutil
 
 import evaluated
 import numpy as np
@@ -24,7 +26,7 @@ from stages.runtime.suites import bench as benches
 from stages.runtime.suites import bpb, format, margins, reasoning, safety, samples
 from stages.runtime.suites.config import BpbConfig, MarginsConfig, SamplesConfig
 from stages.runtime.suites.registry import SUITES
-from stages.runtime.suites.scores import Items
+from stages.runtime.suites.scores import UNITS, Items
 
 CPU = torch.device("cpu")
 
@@ -94,12 +96,11 @@ def test_a_facts_margin_is_what_the_wrong_endings_cost_more_a_token(bench):  # t
     result = margins.run(bench, MarginsConfig())
     items = result.items["margins/nats_per_token"]
     known = result.items["margins/accuracy"]
-    end = bench.specials["<|endoftext|>"]
     for number, fact in enumerate(FACTS):
         means = []
-        for ending in (fact["correct"], *fact["distractors"]):
-            prompt = [end, *encode_text(bench.tokenizer, fact["prompt"])]
-            whole = [end, *encode_text(bench.tokenizer, f"{fact['prompt']} {ending}")]
+        for ending in (fact["correct"], *fact["distractors"]["medium"]):
+            prompt = encode_text(bench.tokenizer, fact["prompt"])
+            whole = encode_text(bench.tokenizer, f"{fact['prompt']} {ending}")
             assert whole[: len(prompt)] == prompt
             nats = slow_nats(bench, whole, len(prompt))
             means.append(sum(nats) / len(nats))
@@ -136,12 +137,12 @@ def test_how_a_reply_ended_is_read_off_its_tokens(bench):
     text = encode_text(bench.tokenizer, "der schöne Hund")
     broken = encode_text(bench.tokenizer, "ö")[:1]
     cases = [
-        ([*text, end], ("der schöne Hund", len(text), True, True)),
-        ([*text, document_end], ("der schöne Hund", len(text), False, True)),
-        (text, ("der schöne Hund", len(text), False, True)),
-        ([*text, start, end], ("der schöne Hund", len(text) + 1, True, False)),
-        ([end], ("", 0, True, True)),
-        ([], ("", 0, False, True)),
+        ([*text, end], ("der schöne Hund", len(text), True, True, True)),
+        ([*text, document_end], ("der schöne Hund", len(text), True, True, False)),
+        (text, ("der schöne Hund", len(text), False, True, False)),
+        ([*text, start, end], ("der schöne Hund", len(text) + 1, True, False, True)),
+        ([end], ("", 0, True, True, True)),
+        ([], ("", 0, False, True, False)),
     ]
     for tokens, expected in cases:
         assert tuple(bench._reply(tokens)) == expected
@@ -152,11 +153,12 @@ def test_how_a_reply_ended_is_read_off_its_tokens(bench):
 @pytest.mark.parametrize(
     ("reply", "obeys"),
     [
-        (benches.Reply("Hello.", 2, True, True), True),
-        (benches.Reply("Hello.", 2, False, True), False),
-        (benches.Reply("Hello.", 2, True, False), False),
-        (benches.Reply(" \n", 1, True, True), False),
-        (benches.Reply("Hello.<|im_start|>user", 9, True, True), False),
+        (benches.Reply("Hello.", 2, True, True, True), True),
+        (benches.Reply("Hello.", 2, True, True, False), False),
+        (benches.Reply("Hello.", 2, False, True, False), False),
+        (benches.Reply("Hello.", 2, True, False, True), False),
+        (benches.Reply(" \n", 1, True, True, True), False),
+        (benches.Reply("Hello.<|im_start|>user", 9, True, True, True), False),
     ],
 )
 def test_the_template_asks_for_one_visible_turn_that_ends(reply, obeys):
@@ -164,9 +166,9 @@ def test_the_template_asks_for_one_visible_turn_that_ends(reply, obeys):
 
 
 def test_a_prompt_without_room_is_left_out_aloud_and_none_left_is_refused(bench, capsys):
-    asked = [("long", [{"role": "user", "content": "the cat " * 60}]), ("short", [{"role": "user", "content": "cat"}])]
+    asked = [("long", [{"role": "user", "content": "the cat " * 150}]), ("short", [{"role": "user", "content": "cat"}])]
     assert [prompt.id for prompt in bench.prompts("format", asked, 8)] == ["short"]
-    assert "format: 1 of 2 prompts are longer than 56 tokens and left out" in capsys.readouterr().out
+    assert "format: 1 of 2 prompts are longer than 184 tokens and left out" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"suites\.format\.max_new_tokens: must leave room"):
         bench.prompts("format", asked[:1], 8)
 
@@ -177,7 +179,7 @@ def test_each_prompt_is_put_once_and_categories_are_never_averaged(parents, fini
     assert len(safety.held_out_prompts(parents["preferences"] / "output", 2)) == 8
     scores = {score["name"]: score for score in scores_of(finished)}
     assert {name for name in scores if name.startswith("safety")} == {
-        f"safety/{kind}{part}" for kind in ("refusal", "over_refusal") for part in ("", "/en", "/de")
+        f"safety/{kind}{part}" for kind in ("refusal", "over_refusal") for part in ("", "/en", "/de", "/a", "/b")
     }
     assert (scores["safety/refusal"]["better"], scores["safety/over_refusal"]["better"]) == ("higher", "lower")
     assert scores["safety/refusal"]["n"] == 6
@@ -197,7 +199,7 @@ def test_an_answer_counts_only_when_it_is_exact(parents, bench, monkeypatch):
         True,
     ]
     # The last one is exact only because its text leaves out a special token in its midst.
-    replies = [benches.Reply(text, 3, True, number < 5) for number, text in enumerate(texts)]
+    replies = [benches.Reply(text, 3, True, number < 5, True) for number, text in enumerate(texts)]
     monkeypatch.setattr(benches.Bench, "replies", lambda *_: replies)
     found = {score.name: score.value for score in reasoning.run(bench, evaluated.config().suites.reasoning.model_copy(
         update={"questions": 3})).scores}  # fmt: skip
@@ -213,16 +215,18 @@ def scores_of(finished):
 def test_every_score_has_n_interval_unit_set_and_items_that_reproduce_it(finished):  # traps M3, M6, M7
     items = json.loads((finished[1] / "items.json").read_text())
     scores = scores_of(finished)
-    assert {score["suite"] for score in scores} == {"bpb", "margins", "reasoning", "safety", "format"}
+    assert {score["suite"] for score in scores} == {
+        "bpb", "margins", "reasoning", "safety", "decoding", "format", "needles",
+    }  # fmt: skip
     assert len({score["name"] for score in scores}) == len(scores)
     for score in scores:
         assert score["n"] > 0
         assert len(score["set_hash"]) == 64
-        assert score["unit"] in ("bits_per_byte", "nats_per_token", "share", "tokens")
+        assert score["unit"] in UNITS
         assert Items(**items[score["items"]]).value() == score["value"]
         assert len(items[score["items"]]["ids"]) == len(set(items[score["items"]]["ids"])) == score["n"]
         assert score["interval"] is None or score["interval"][0] <= score["value"] <= score["interval"][1]
-        assert (score["decoding"] is None) == (score["suite"] in ("bpb", "margins"))
+        assert (score["decoding"] is None) == (score["suite"] in ("bpb", "margins", "needles"))
     assert finished[0].metrics["bpb/en"] == next(s["value"] for s in scores if s["name"] == "bpb/en")
     assert "heldout_hash" in finished[0].metrics
 
@@ -242,8 +246,8 @@ def test_a_sample_is_cut_only_at_its_longest(bench):
 
         def replies(self, prompts, max_new_tokens, sampling, seed):
             # The greedy one ends by <|endoftext|>, the other is cut.
-            tokens = 3 if sampling.temperature == 0 else max_new_tokens
-            return [benches.Reply("text", tokens, stopped=False, is_clean=True)]
+            stopped = sampling.temperature == 0
+            return [benches.Reply("text", 3, stopped=stopped, is_clean=True, closes_turn=False)]
 
     found = samples.run(Speaks(), SamplesConfig(prompts={"a": "x"}, max_new_tokens=4)).samples
     assert {sample["id"]: sample["finished"] for sample in found} == {"a/greedy": True, "a/sampled": False}
@@ -327,3 +331,18 @@ def test_held_out_tokens_of_another_tokenizer_are_refused(parents, tmp_path):  #
     assert [fault.path for fault in found] == ["from"]
     assert "must carry the data's tokenizer" in found[0].message
     assert Evaluate.check_parents(config(), None, {"from_": parents["from_"], "data": parents["data"]}) == []
+
+
+def test_bits_per_byte_go_by_source_and_by_the_domains_that_are_declared(parents, bench, tmp_path):
+    tokens = tmp_path / "tokens"
+    shutil.copytree(parents["data"] / "output", tokens)
+    facts = json.loads((tokens / "tokens.json").read_text())
+    facts["sources"][0]["domain"], facts["sources"][1]["domain"] = "science", None
+    (tokens / "tokens.json").write_text(json.dumps(facts))
+    one = dataclasses.replace(bench, inputs={**bench.inputs, "data": tokens})
+    scores = {score.name: score for score in bpb.run(one, BpbConfig(seq_len=32)).scores}
+    assert set(scores) == {"bpb/en", "bpb/de", "bpb/source/en", "bpb/source/de", "bpb/domain/science", "bpb/all"}
+    assert scores["bpb/domain/science"].value == scores["bpb/source/en"].value == scores["bpb/en"].value
+    assert [scores[name].part for name in ("bpb/en", "bpb/source/en", "bpb/domain/science", "bpb/all")] == [
+        "language", "source", "domain", None,
+    ]  # fmt: skip

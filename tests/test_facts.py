@@ -33,35 +33,43 @@ def packages(folder):
     ):
         zones = {f"Europe/{capital}": {"city": capital + "-" + language} for _, capital in CITIES.values()}
         tongues = {code.lower(): f"{name[1:5]}isch{language}" for code, name in names.items()}
+        days = {number: f"{language}day{number}" for number in range(7)}
         table = {"territories": names | {"150": "Europa"}, "languages": tongues, "time_zones": zones,
+                 "days": {"format": {"wide": days}}, "months": {"format": {"wide": {1: "Primus", 2: "Secund"}}},
                  "currency_names": {code + "D": f"{code}-Taler {language}" for code in CITIES}}  # fmt: skip
         (locale / f"{language}.dat").write_bytes(pickle.dumps(table))
     return folder / "c", folder / "b"
 
 
+def all_stated(tmp_path):
+    return facts.statements(read_countries(tmp_path / "c"), read_names(tmp_path / "b"))
+
+
 def made(tmp_path, **changes):
-    countries, names = packages(tmp_path)
-    stated = facts.statements(read_countries(countries), read_names(names))
+    packages(tmp_path)
+    stated = all_stated(tmp_path)
     return facts.with_distractors(stated, **({"count": 2, "max_length_difference": 2, "per_domain": 9} | changes))
 
 
 def test_wrong_endings_are_right_ones_of_other_facts_and_of_about_the_same_length(tmp_path):  # trap M5
-    rows = made(tmp_path)
+    rows, stated = made(tmp_path), all_stated(tmp_path)
     assert {(row["domain"], row["language"]) for row in rows} >= {
         ("capital", "en"),
         ("capital", "de"),
         ("capital", "hi"),
     }
     for row in rows:
-        same = [
-            other["correct"]
-            for other in rows
-            if (other["domain"], other["language"]) == (row["domain"], row["language"])
-        ]
-        assert len(set(row["distractors"])) == 2
-        assert row["correct"] not in row["distractors"]
-        assert set(row["distractors"]) <= set(same)
-        assert all(abs(facts.length(wrong) - facts.length(row["correct"])) <= 2 for wrong in row["distractors"])
+
+        def endings(is_same, row=row):
+            return {one.correct for one in stated if one.language == row["language"]
+                    and (one.domain == row["domain"]) is is_same}  # fmt: skip
+
+        assert "medium" in row["distractors"]
+        for difficulty, wrong in row["distractors"].items():
+            assert len(set(wrong)) == 2
+            assert row["correct"] not in wrong
+            assert set(wrong) <= endings(difficulty != "easy")
+            assert all(abs(facts.length(one) - facts.length(row["correct"])) <= 2 for one in wrong)
     capitals = {row["prompt"]: row for row in rows if row["domain"] == "capital" and row["language"] == "en"}
     # The fifth capital is twice as long as any other and finds no ending of its length.
     assert set(capitals) == {f"The capital of {name} is" for name in ("Alland", "Borland", "Cedland", "Dorland")}
@@ -76,7 +84,7 @@ def test_what_is_true_of_the_subject_too_is_no_wrong_ending():
     stated = [facts.Statement("language", "en", subject, correct) for subject, correct in
               (("A", "one"), ("A", "two"), ("B", "six"), ("C", "ten"))]  # fmt: skip
     rows = facts.with_distractors(stated, count=2, max_length_difference=0, per_domain=9)
-    assert [(row["correct"], sorted(row["distractors"])) for row in rows[:2]] == [
+    assert [(row["correct"], sorted(row["distractors"]["medium"])) for row in rows[:2]] == [
         ("one", ["six", "ten"]),
         ("two", ["six", "ten"]),
     ]
@@ -140,7 +148,7 @@ def test_a_table_imports_and_calls_nothing(tmp_path, capsys):  # trap O3
         read_names(babel)
     assert capsys.readouterr().out == ""
     TimeZone.__module__, TimeZone.__qualname__ = "babel.dates", "TimeZone"
-    raw = pickle.dumps(table | {"odd": 1}, protocol=0).replace(b"I1\n", b"cbabel.dates\nTimeZone\n(tR")
+    raw = pickle.dumps(table | {"odd": 77777}, protocol=0).replace(b"I77777\n", b"cbabel.dates\nTimeZone\n(tR")
     (babel / "babel" / "locale-data" / "de.dat").write_bytes(raw)
     assert read_names(babel)["de"].territories["AA"] == "Allandien"
 
@@ -193,8 +201,8 @@ def test_the_stage_freezes_its_facts_by_hash_and_gives_equal_bytes(tmp_path, cac
 
 
 def test_too_few_facts_are_refused(tmp_path, cache):
-    with pytest.raises(ConfigError, match="min_facts: must be at most the facts there are; got 60 of"):
-        run_stage(tmp_path / "run", cache, stage_config())
+    with pytest.raises(ConfigError, match="min_facts: must be at most the facts there are; got 900 of"):
+        run_stage(tmp_path / "run", cache, stage_config(min_facts=900))
 
 
 def test_every_prompt_has_one_place_for_its_subject_and_a_domain_of_the_config():

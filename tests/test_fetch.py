@@ -1,6 +1,7 @@
 """Fetching pinned packages: hash-checked, whole or absent, nothing written outside its folder. No network."""
 
 import hashlib
+import shutil
 import stat
 import zipfile
 from pathlib import Path
@@ -45,7 +46,7 @@ def pinned(wheel: Path) -> Package:
 
 
 def names(folder: Path) -> set[str]:
-    return {path.name for path in (folder / "packages").iterdir() if path.suffix != ".lock"}
+    return {path.name for path in (folder / "packages").iterdir() if path.suffix not in (".lock", ".digests")}
 
 
 def test_a_package_is_fetched_by_pips_own_settings_and_only_once(index, tmp_path, monkeypatch):
@@ -108,6 +109,33 @@ def test_a_fetch_killed_at_the_last_moment_leaves_nothing_that_looks_whole(index
     folder = fetch_package(package, tmp_path / "cache")
     assert (folder / "tale/a.py").read_text() == "a = 1\n"
     assert names(tmp_path / "cache") == {folder.name}
+
+
+def test_a_cached_file_that_changed_is_refused_and_a_fresh_fetch_mends_it(index, tmp_path, monkeypatch):
+    package = pinned(build_wheel(index, {"tale/a.py": "a = 1\n", "tale/b.py": "b = 1\n"}))
+    folder = fetch_package(package, tmp_path / "cache")
+    (folder / "tale/b.py").write_text("b = 2\n")
+    (folder / "tale/__pycache__").mkdir()
+    (folder / "tale/__pycache__/a.pyc").write_bytes(b"what an import leaves")
+    monkeypatch.setattr(fetch, "_checked", set())
+    with pytest.raises(
+        FetchError, match=r"tale==1\.0: 1 of its files in the cache are .* tale/b\.py first; remove "
+    ) as caught:
+        fetch_package(package, tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(folder)
+    assert (fetch_package(package, tmp_path / "cache") / "tale/b.py").read_text() == "b = 1\n"
+
+
+def test_a_file_that_was_added_to_the_cache_is_refused_too(index, tmp_path, monkeypatch):
+    package = pinned(build_wheel(index, {"tale/a.py": "a = 1\n"}))
+    folder = fetch_package(package, tmp_path / "cache")
+    monkeypatch.setattr(fetch, "_checked", set())
+    assert fetch_package(package, tmp_path / "cache") == folder
+    (folder / "tale/planted.py").write_text("x = 1\n")
+    monkeypatch.setattr(fetch, "_checked", set())
+    with pytest.raises(FetchError, match=r"tale/planted\.py first"):
+        fetch_package(package, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("name", ["../evil.py", "tale/../../evil.py", "/etc/evil.py", "..\\evil.py", "C:/evil.py"])

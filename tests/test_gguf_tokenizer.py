@@ -1,14 +1,17 @@
-"""llama.cpp gives the ids of our two kinds of tokenizer on real, adversarial and random text."""
+"""llama.cpp gives the ids of our three kinds of tokenizer on real, adversarial and random text."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 
 import pytest
 from export_cases import chimera, random_model, save_gguf
+from tiny_bpe import pruned_tokenizer
 from tiny_corpus import WORDS, document_text
 
+from data.bpe import PATTERNS
 from data.chat import CHAT_TEMPLATE
 from data.tokenizer import PROBES, SPACE_SYMBOL, SPECIAL_TOKENS, encode_texts, load
 from data.tokenizer_train import SPLIT_PATTERN, train_byte_level, train_sentencepiece
@@ -63,11 +66,13 @@ def real_texts(count: int) -> list[str]:
 def train(kind: str, directory) -> None:
     if kind == "byte level":
         train_byte_level(real_texts(300), 700, directory)
+    elif kind == "pruned":
+        pruned_tokenizer(real_texts(300), 430, directory)
     else:
         train_sentencepiece(real_texts(300), 700, directory, [2, 4])
 
 
-@pytest.fixture(scope="module", params=["byte level", "sentencepiece"])
+@pytest.fixture(scope="module", params=["byte level", "sentencepiece", "pruned"])
 def both(request, tmp_path_factory):
     """A tokenizer and llama.cpp with a file that holds its vocabulary."""
     directory = tmp_path_factory.mktemp("tokenizer")
@@ -130,6 +135,7 @@ def test_types_of_tokens(both):
 
 def test_the_regex_is_the_one_that_tokenizers_are_trained_with():
     assert vocabulary_room.SPLIT_PATTERN == SPLIT_PATTERN
+    assert {name: pattern for pattern, name in vocabulary_room.PRES.items()} == PATTERNS
 
 
 def changed(directory, change) -> list[str]:
@@ -143,7 +149,7 @@ def changed(directory, change) -> list[str]:
 REFUSED = {
     "another regex": (
         lambda facts: facts["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": r"\w+|\s+"}),
-        "must split text by the regex that llama.cpp calls qwen35",
+        "must split text by the regex that llama.cpp calls qwen35 or qwen2",
     ),
     "a normaliser": (lambda facts: facts.update(normalizer={"type": "NFC"}), "must not normalise; got NFC"),
     "a prefix space": (
@@ -162,9 +168,10 @@ def test_tokenizers_that_llama_cpp_cannot_reproduce_are_refused(reason, tmp_path
     assert message in fault
 
 
-def test_another_regex_would_have_been_seen(tmp_path, monkeypatch):
-    train("byte level", tmp_path)
-    monkeypatch.setattr("model.export.gguf.BYTE_LEVEL_PRE", "gpt-2")
-    path = save_gguf(tmp_path / "a.gguf", random_model(chimera(vocab_size=800)), read_vocabulary(tmp_path), "f16")
+@pytest.mark.parametrize(("kind", "pre"), [("byte level", "gpt-2"), ("byte level", "qwen2"), ("pruned", "qwen35")])
+def test_another_regex_would_have_been_seen(kind, pre, tmp_path):
+    train(kind, tmp_path)
+    vocabulary = dataclasses.replace(read_vocabulary(tmp_path), pre=pre)
+    path = save_gguf(tmp_path / "a.gguf", random_model(chimera(vocab_size=800)), vocabulary, "f16")
     with LlamaCpp(path, context_tokens=64, threads=1) as other:
         assert len(differing(load(tmp_path), other, fuzz(1000, 7))) > 50

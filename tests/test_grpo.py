@@ -12,7 +12,8 @@ import pytest
 from tiny_run import spec
 
 from stages.grpo import GRPO
-from stages.runtime.grpo_report import decode_outcomes, encode_outcomes, paired_gain, summary_of, wilson_interval
+from stages.runtime.grpo_report import decode_outcomes, encode_outcomes, paired_gain, summary_of
+from stages.runtime.suites.intervals import wilson
 
 
 def config(**changes: Any) -> Any:
@@ -114,7 +115,7 @@ def test_pairing_by_another_number_of_questions_is_refused() -> None:
 
 @pytest.mark.parametrize(("right", "count"), [(0, 10), (3, 10), (10, 10), (250, 500)])
 def test_the_interval_of_a_share_holds_those_shares_that_the_score_test_keeps(right: int, count: int) -> None:
-    low, high = wilson_interval(right, count)
+    low, high = wilson(right, count)
     for edge in {low, high} - {0.0, 1.0}:
         # At its edges the observed share lies 1.96 standard errors, under the edge itself, away.
         assert abs(right / count - edge) == pytest.approx(1.959964 * (edge * (1 - edge) / count) ** 0.5, rel=1e-5)

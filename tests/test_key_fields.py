@@ -12,38 +12,54 @@ from fake_chain import write_recipe
 from golden_recipes import DEFAULT, TINY_HELIX
 from pydantic import BaseModel, ValidationError
 
+from data.clean_config import RayExecutor, SlurmExecutor
+from data.source_config import Package
+from data.tokenizer_config import PublicTokenizer
 from model.spec import ModelSpec
 from pipelines.chain import build_chain, identity_of
 from pipelines.recipe import RECIPES, load_recipe
 from stages import STAGES
+from stages.runtime.alarms import AlarmConfig
+from stages.runtime.gates import GateConfig
 
 GOLDEN = {
-    "default/clean": "d87c1088bb60",
-    "default/tokenizer": "3860b93909f4",
-    "default/tokenize": "05efa69196e4",
-    "default/pretrain": "aed304006301",
-    "tiny_helix/clean": "d87c1088bb60",
-    "tiny_helix/tokenizer": "3a46da3bb5ed",
-    "tiny_helix/tokenize": "96542c4baa3a",
-    "tiny_helix/pretrain": "609fe2b18873",
+    "default/clean": "ef30432264a7",
+    "default/tokenizer": "a81c9bae5c0e",
+    "default/tokenize": "7a976b84ade5",
+    "default/pretrain": "5c8b7f3968c2",
+    "tiny_helix/clean": "ef30432264a7",
+    "tiny_helix/tokenizer": "f6842842a947",
+    "tiny_helix/tokenize": "d52464a223f5",
+    "tiny_helix/pretrain": "b775019b2fa5",
 }
 """First digits of real stages' keys. If they change, all users' artifacts are orphaned: never by accident."""
 
+ALARMS = {f"alarms.{name}" for name in AlarmConfig.model_fields}
+GATES = {f"gates.{name}" for name in GateConfig.model_fields}
 FINETUNE = {
     "micro_batch_size", "deepspeed", "activation_checkpointing", "eval_every_steps", "eval_batch_size",
-    "checkpoint_every_steps", "keep_checkpoints", "log_every_steps", "rewarm", "guards.max_skipped_in_a_row",
+    "checkpoint_every_steps", "keep_checkpoints", "log_every_steps", "rewarm", "guards.max_skipped_in_a_row", *ALARMS,
 }  # fmt: skip
+EXECUTOR_FIELDS = set(SlurmExecutor.model_fields) | set(RayExecutor.model_fields)
 OPERATIONAL = {
-    "clean": {"sources.path", "workers"},
-    "tokenizer": {"progress_seconds"},
-    "tokenize": {"progress_seconds"},
+    "clean": {
+        "sources.path", "sources.streaming", "workers", "quality.labels", "decontaminate.files.path",
+        "decontaminate.unchecked", *(f"executor.{name}" for name in EXECUTOR_FIELDS),
+    },
+    "tokenizer": {"progress_seconds", *(f"compare_with.{name}" for name in PublicTokenizer.model_fields),
+                  *(f"compare_with.package.{name}" for name in Package.model_fields)},
+    "profile": {"progress_seconds"},
+    "tokenize": {"workers", "progress_seconds"},
+    "stream": {"sources.path", "sources.streaming"},
     "pretrain": {
-        "micro_batch_size", "deepspeed", "activation_checkpointing", "compile", "max_epochs", "eval_every_steps",
-        "eval_batch_size", "checkpoint_every_steps", "keep_checkpoints", "log_every_steps", "rewarm",
-        "guards.max_skipped_in_a_row",
+        "micro_batch_size", "deepspeed", "activation_checkpointing", "compile", "max_epochs", "prefetch_steps",
+        "eval_every_steps", "eval_batch_size", "checkpoint_every_steps", "keep_checkpoints", "log_every_steps",
+        "rewarm", "guards.max_skipped_in_a_row", *ALARMS,
     },
     "messages": {"sources.path", "shown_faults"},
     "preferences": {"sources.path"},
+    "problems": {"sources.path", "workers"},
+    "evaluate": {"suites.code.workers", "suites.harness.files.path", *GATES},
     "export": {"timing_prompt_tokens", "timing_new_tokens", "threads"},
     **dict.fromkeys(("sft", "qlora"), FINETUNE | {"min_stop_probability"}),
     "grpo": FINETUNE | {"max_logprob_gap", "probe.min_informative"},
@@ -54,25 +70,53 @@ OPERATIONAL = {
 
 SOURCE = {"name": "a", "language": "en", "licence": "none", "rules": "none"}
 FILES = {**SOURCE, "include": ["*.txt"]}
+FILTERED = {"filters": [{"field": "a", "min": 0.5, "max": 2.0, "equals": 1.0, "in": [1.0, 2.0]}]}
 PACKAGE = {"name": "p", "version": "1", "sha256": "a" * 64}
 PINNED = {"packages": [PACKAGE], "include": ["*.jsonl"]}
+PUBLIC = {"package": PACKAGE, "file": "a.tiktoken", "split": "qwen2"}
 HUB = {"type": "hub", "repository": "o/n", "revision": "a" * 40}
+QUALITY = {"labels": "labels.jsonl", "sources": ["a"]}
+DECONTAMINATE = {"files": [{"name": "a", "path": "a.jsonl", "fields": ["text"]}]}
 SAID = {"name": "a", "language": "en", "licence": "none"}
 TUNED = {"from": "pretrain", "max_length": 32, "global_batch_size": 8, "max_steps": 9, "lr": 1e-3}
 SCHEDULES: list[dict[str, Any]] = [{"kind": "cosine"}, {"kind": "wsd", "decay_steps": 2}, {"kind": "constant"}]
 PRETRAIN = {"seq_len": 32, "global_batch_size": 4, "max_steps": 9, "lr": 1e-3}
+LOCAL = {"name": "x_local", "kind": "choice", "licence": "MIT"}
+SUITES = {
+    **{name: {} for name in ("bpb", "reasoning", "safety", "format", "samples")},
+    "margins": {"facts": 4},
+    "decoding": {"facts": 2},
+    "needles": {"languages": ["en", "de"]},
+    "code": {"samples": 4, "temperature": 0.5},
+    "harness": {
+        "files": [
+            {**LOCAL, "type": "file", "path": "x.jsonl"},
+            {**LOCAL, "type": "package", "package": PACKAGE, "member": "x.jsonl"},
+        ]
+    },
+}
 BASES: dict[str, list[dict[str, Any]]] = {
     "clean": [
-        {"sources": [source]}
-        for source in (
-            {**FILES, "type": "package", "packages": [PACKAGE]},
-            {**FILES, "type": "files", "path": "text"},
-            {**SOURCE, "type": "hub", "repository": "o/n", "revision": "a" * 40},
+        {"sources": [{**source, **FILTERED}], "quality": QUALITY, "decontaminate": DECONTAMINATE, "executor": executor}
+        for source, executor in (
+            ({**FILES, "type": "package", "packages": [PACKAGE]}, {"kind": "slurm", "partition": "p"}),
+            ({**FILES, "type": "files", "path": "text"}, {"kind": "local"}),
+            ({**SOURCE, **HUB}, {"kind": "ray"}),
         )
     ],
-    "tokenizer": [{"corpus": "clean"}],
+    "tokenizer": [
+        {"corpus": "clean", "compare_with": [{"name": "a"}]},
+        {"corpus": "clean", "model_type": "import", **PUBLIC, "compare_with": [{"name": "a", **PUBLIC}]},
+    ],
     "tokenize": [{"corpus": "clean", "tokenizer": "tokenizer"}],
-    "pretrain": [PRETRAIN | {"schedule": schedule, "mixture": {"en": 1.0}} for schedule in SCHEDULES],
+    "stream": [
+        {"tokenizer": "tokenizer", "passes": {"a": 2}, "sources": [source]}
+        for source in ({**FILES, "type": "files", "path": "text", **FILTERED}, {**SOURCE, **HUB, **FILTERED})
+    ],
+    "pretrain": [
+        PRETRAIN | {"schedule": schedule, "mixture": {"en": 1.0}, "phases": [{"from_step": 4, "mixture": {"en": 2.0}}]}
+        for schedule in SCHEDULES
+    ],
     "messages": [
         {"corpus": "clean", "tasks": "tasks", "sources": [{**SAID, **source}]}
         for source in (
@@ -93,7 +137,12 @@ BASES: dict[str, list[dict[str, Any]]] = {
             {**SAID, **HUB},
         )
     ],
+    "profile": [{"corpus": "clean", "tokenizer": "tokenizer", "scores": "evaluate-sft"}],
     "facts": [{"countries": PACKAGE, "names": PACKAGE}],
+    "problems": [
+        {"sources": [{"name": "a", "licence": "none", "format": "humaneval", **source}]}
+        for source in ({"type": "files", "path": "p.jsonl"}, {"type": "package", "package": PACKAGE, "file": "p.jsonl"})
+    ],
     "sft": [{**TUNED, "data": "messages", "schedule": schedule} for schedule in SCHEDULES],
     "dpo": [{**TUNED, "schedule": schedule} for schedule in SCHEDULES],
     "qlora": [{**TUNED, "data": "messages", "schedule": schedule} for schedule in SCHEDULES],
@@ -105,8 +154,10 @@ BASES: dict[str, list[dict[str, Any]]] = {
             "messages": "messages",
             "tasks": "tasks",
             "preferences": "preferences",
+            "problems": "problems",
             "facts": "facts",
-            "suites": {key: {} for key in ("bpb", "margins", "reasoning", "safety", "format", "samples", "harness")},
+            "gates": [{"metric": "bpb/de", "max": 9.0, "min": 0.5, "max_regression": 0.5, "against": "parent"}],
+            "suites": SUITES,
         }
     ],
     "export": [{"from": "pretrain"}],
@@ -190,12 +241,12 @@ def candidates(value: Any, annotation: Any) -> list[Any]:
     elif isinstance(value, int | float):
         tried += [value + 1, value / 2, value * 2, 0.25]
     elif isinstance(value, str):
-        tried += [f"{value}x", f"{value} {value}", "b" * 40, "b" * 64]
+        tried += [f"{value}x", f"x{value}", f"{value} {value}", "b" * 40, "b" * 64]
     elif isinstance(value, list | tuple):
         tried += [[*value, "x"], [*value, 4], [item / 2 for item in value if isinstance(item, float)], value[:1]]
     elif isinstance(value, dict):
-        tried += [{**value, "de": 0.5}]
-    return tried or [3, 4096, "x", {"de": 0.5}, {"a": "x"}, ["x"]]
+        tried += [{**value, "de": 0.5}, {**value, "de": "x"}, {**value, "de": 3}]
+    return tried or [3, 4096, "x", {"de": 0.5}, {"a": "x"}, ["x"], PACKAGE]
 
 
 def words(annotation: Any) -> list[Any]:

@@ -1,5 +1,6 @@
 """The mixture loader: pure, exact in its shares, honest about epochs."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -10,6 +11,7 @@ from tiny_corpus import build_tokens
 from data.errors import DataError
 from data.loader import MixtureLoader
 from data.mix import PERIOD_ROWS, SourceSchedule, permute
+from data.mixture import Mixture
 from data.packing import pack
 
 T = 16
@@ -33,7 +35,9 @@ def tokens(tmp_path_factory):
 
 
 def make(tokens, **kwargs):
-    settings = {"seq_len": T, "global_batch_size": 8, "seed": 3, "max_epochs": 1e9, **kwargs}
+    words = [field.name for field in dataclasses.fields(Mixture) if field.name in kwargs]
+    mixture = Mixture(**{word: kwargs.pop(word) for word in words})
+    settings = {"seq_len": T, "global_batch_size": 8, "seed": 3, "max_epochs": 1e9, "mixture": mixture, **kwargs}
     return MixtureLoader(tokens, **settings)
 
 
@@ -147,19 +151,30 @@ def test_permute_is_a_permutation_that_depends_on_its_key(size):
         assert not np.array_equal(images[0], np.arange(size))
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_shares_hold_within_half_a_percent_over_any_ten_million_tokens(seed):
+@pytest.mark.parametrize("seq_len", [512, 4096, 16_384])
+@pytest.mark.parametrize("n_sources", [2, 5, 20])
+def test_shares_hold_within_half_a_percent_over_any_ten_million_tokens(n_sources, seq_len):
     # trap T5
-    rng = np.random.default_rng(seed)
-    shares = rng.dirichlet(np.full(2 + 4 * seed, 0.3)) + 1e-6
-    shares /= shares.sum()
-    rows = 10_000_000 // 4096
-    schedule = SourceSchedule(shares)
-    starts = rng.integers(0, 3 * PERIOD_ROWS, size=200)
-    for start in [0, PERIOD_ROWS - rows // 2, *starts.tolist()]:
-        owners, _ = schedule.locate(np.arange(start, start + rows))
-        realised = np.bincount(owners, minlength=len(shares)) / rows
-        assert np.abs(realised - shares).max() < 0.005
+    rng = np.random.default_rng(n_sources)
+    rows = 10_000_000 // seq_len
+    for concentration in (0.3, 3):
+        shares = rng.dirichlet(np.full(n_sources, concentration)) + 1e-6
+        shares /= shares.sum()
+        owners, _ = SourceSchedule(shares).locate(np.arange(PERIOD_ROWS + rows))
+        for source, share in enumerate(shares):
+            seen = np.concatenate([[0], np.cumsum(owners == source)])
+            assert np.abs((seen[rows:] - seen[:-rows]) / rows - share).max() < 0.005
+
+
+@pytest.mark.parametrize("n_sources", [2, 3, 7, 40])
+def test_no_source_is_ever_a_whole_row_ahead_or_behind(n_sources):
+    # trap T5: Tijdeman's bound, the best there is
+    schedule = SourceSchedule(np.random.default_rng(n_sources).dirichlet(np.ones(n_sources)))
+    owners, _ = schedule.locate(np.arange(PERIOD_ROWS))
+    shares = schedule.rows_per_period / PERIOD_ROWS
+    for source, share in enumerate(shares):
+        due = share * np.arange(1, PERIOD_ROWS + 1)
+        assert np.abs(np.cumsum(owners == source) - due).max() <= 1 - 1 / (2 * n_sources - 2) + 1e-9
 
 
 def test_the_schedule_numbers_each_source_without_gaps_and_counts_itself():
@@ -218,7 +233,7 @@ def test_a_weighted_source_that_gets_no_row_is_refused(tokens):
     # traps T4, T5
     loader = make(tokens, weights={"aa": 1e9, "bb": 1, "cc": 1}, global_batch_size=1)
     assert make(tokens, global_batch_size=1).plan(1)
-    with pytest.raises(ValueError, match=r"mixture.aa must give a row in 1 steps or be 0; got the share 1"):
+    with pytest.raises(ValueError, match=r"mixture.bb must give a row in 1 steps or be 0; got the share 1e-09"):
         loader.plan(1)
 
 

@@ -154,3 +154,26 @@ def test_a_long_evaluation_says_how_far_it_is_and_a_short_one_nothing(capsys, mo
     now[0] += 100
     silent.at(10)
     assert capsys.readouterr().out == ""
+
+
+def test_the_share_of_time_spent_waiting_for_data_is_measured_and_said_when_it_matters(monkeypatch):
+    from stages.runtime import progress
+
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    facts = {"tokens_per_step": 10, "flops_per_token": 1.0, "world_size": 1, "peak": None, "quiet": True}
+    told = progress.Progress(max_steps=9, **facts)
+    for waited in (0.5, 0.0):
+        told.waited(waited)
+        now[0] += 2.0
+        told.count(2.0)
+        figures = told.figures(1)
+        assert figures["data_wait_share"] == waited / 2
+        assert ("25% waiting for data" in told.line(1, 1.0, 0.1, figures, 0)) is bool(waited)
+
+
+def test_a_train_row_has_the_share_that_its_steps_waited(tmp_path, tokens):
+    log = Log()
+    run(tmp_path, tokens, tracker=log, max_steps=2)
+    assert all(0 <= share < 1 for share in log.of("train", "data_wait_share").values())
+    assert len(log.of("train", "data_wait_share")) == 2

@@ -11,7 +11,7 @@ from data import messages
 from data.corpus import read_documents
 from data.messages_config import MessagesHeldout, MessagesSource
 from data.messages_rules import RULES, MessagesFault, checked
-from data.messages_sources import messages_revision, question_and_answer, read_conversations
+from data.messages_sources import question_and_answer, read_conversations
 from data.tasks import TaskChoice, rows
 from stages.base import ConfigError, StageContext
 from stages.messages import Messages, MessagesConfig
@@ -164,32 +164,6 @@ def test_dialogues_are_spoken_in_turn_and_an_unanswered_last_line_is_left_off(tm
     ]
 
 
-def test_the_hub_is_streamed_at_the_pinned_revision(tmp_path, monkeypatch):
-    import datasets
-
-    path = write_lines(tmp_path / "a.jsonl", [turns(f"q{n}", "a") for n in range(5)])
-    real, asked = datasets.load_dataset, {}
-
-    def local(repository, subset, **options):
-        asked.update(options, repository=repository, subset=subset)
-        return real("json", data_files=str(path), split="train", streaming=options["streaming"])
-
-    monkeypatch.setattr(datasets, "load_dataset", local)
-    hub = source(type="hub", name="chat", repository="org/chat", revision="a" * 40, subset="en", read_rows=2)
-    found = list(read_conversations(hub, tmp_path, {}))
-    assert [(read.origin, read.messages[0]["content"]) for read in found] == [
-        ("org/chat:1", "q0"),
-        ("org/chat:2", "q1"),
-    ]
-    assert (asked["repository"], asked["subset"], asked["revision"], asked["split"]) == (
-        "org/chat",
-        "en",
-        "a" * 40,
-        "train",
-    )
-    assert messages_revision(hub) == "org/chat@" + "a" * 40
-
-
 def document(text: str, title: str | None = "Rome") -> dict:
     return {"id": "0", "title": title, "text": text, "language": "en"}
 
@@ -267,6 +241,8 @@ def test_passages_of_one_document_stand_on_one_side(tmp_path):
     sides, _ = messages.split(kept, MessagesHeldout(share=0.3))
     documents = {side: {row.question for row in members} for side, members in sides.items()}
     assert max(len([row for row in kept if row.question == group]) for group in documents["train"]) > 1
+    # What is written names the family, so that intervals draw a document's passages together (M6).
+    assert all(row.row()["family"] == row.question for row in kept)
     assert not documents["train"] & documents["heldout"]
     assert {row["id"] for row in read_documents(corpus, "heldout", "netz")} <= documents["heldout"]
     # More is held out than the corpus does, since n is to be larger than its split.

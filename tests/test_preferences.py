@@ -11,7 +11,7 @@ from data import preferences_en
 from data.errors import DataError
 from data.fetch import fetch_package
 from data.preferences import SPLITS, TEMPLATES, gather, heldout_templates, read_split, split, template_pairs, write
-from data.preferences_config import FilePreferences, HubPreferences, PackagePreferences, TemplateSource
+from data.preferences_config import FilePreferences, PackagePreferences, TemplateSource
 from data.preferences_replies import COMPLIANCES, OPENINGS, REFUSALS, is_refusal
 from data.preferences_rows import Pair, RowFault, read_rows
 from stages.base import ConfigError, StageContext
@@ -115,6 +115,13 @@ def test_an_opening_alone_tells_neither_side():
         ("Ich kann diese Anfrage nicht erfüllen.", True),
         ("मैं यह नहीं बताऊंगा।", True),
         ("मैं आपकी सहायता करने में असमर्थ हूँ।", True),
+        ("Tut mir leid, das geht nicht.", True),
+        ("Das geht leider nicht.", True),
+        ("Tut mir leid, aber das ist für mich nicht möglich.", True),
+        ("Tut mir leid, das geht nicht, wenn der Drucker aus ist.", False),
+        ("Es tut mir leid, dass dein Hund krank ist. Geh zum Tierarzt.", False),
+        ("Das geht nicht mit Wasser, nimm Öl.", False),
+        ("Das geht so: öffne zuerst die Einstellungen.", False),
         ("", False),
     ],
 )
@@ -277,24 +284,6 @@ def test_packages_give_prompts_of_a_yaml_list_with_our_replies(tmp_path):
     assert isinstance(fault, RowFault)
     assert str(fault).startswith("inner/some.prompt:2: missing_field")
     assert Preferences.source_revisions(config(source.model_dump()))["bench"] == f"prompts==1:{'a' * 64}"
-
-
-def test_hub_rows_are_streamed_at_the_pinned_revision(tmp_path, monkeypatch):
-    import datasets
-
-    asked = {}
-
-    def load_dataset(*args, **kwargs):
-        asked["call"] = (args, kwargs)
-        return datasets.Dataset.from_list([row(1), row(2), row(3)]).to_iterable_dataset()
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    source = HubPreferences.model_validate({
-        "type": "hub", "name": "hub", "licence": "MIT", "language": "en", "repository": "o/n", "revision": "b" * 40,
-        "max_rows": 2,
-    })  # fmt: skip
-    assert [pair.chosen for pair in read_rows(source, tmp_path)] == ["good 1", "good 2"]
-    assert asked["call"] == (("o/n", None), {"split": "train", "revision": "b" * 40, "streaming": True})
 
 
 def test_gathering_and_splitting_need_no_torch():

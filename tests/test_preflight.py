@@ -91,7 +91,7 @@ def test_offloading_without_a_gpu_is_refused_by_a_run_and_noted_by_a_plan(cli, m
     assert code == 0
     assert f"note: {words}" in out
     machine(True)
-    assert "note:" not in cli("--plan", engine)[1]
+    assert words not in cli("--plan", engine)[1]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -119,7 +119,7 @@ def test_a_warm_start_from_a_finished_artifact_is_held_against_it_beforehand(cli
 def test_a_finished_parent_that_fits_is_planned_with(cli, tmp_path):
     code, out = cli("--plan", finished_parent(tmp_path / "old" / "warm", final_lr=4e-3))
     assert code == 0
-    assert "left to do: clean, tokenizer, tokenize, pretrain" in out
+    assert "left to do: preferences, clean, tokenizer, tokenize, pretrain" in out
 
 
 @pytest.mark.parametrize("mode", MODES)

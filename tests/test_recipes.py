@@ -89,7 +89,9 @@ def test_a_batch_divides_over_one_to_eight_devices(name):
 @pytest.mark.parametrize("name", LARGE)
 def test_hub_sources_are_pinned_and_mixed_by_name(name):
     stages = recipe(name).stages
-    sources = stages["clean"].sources
+    read = stages[stages["pretrain"].data]
+    # Shards hold the corpus's sources; a stream has its own.
+    sources = read.sources if read.kind == "stream" else stages[read.corpus].sources
     assert {source.type for source in sources} == {"hub"}
     assert set(stages["pretrain"].mixture) == {source.name for source in sources}
     assert sum(stages["pretrain"].mixture.values()) == pytest.approx(1)

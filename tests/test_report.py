@@ -143,6 +143,7 @@ def test_an_old_page_stands_until_the_new_one_is_whole(tmp_path, monkeypatch):
     chain = make_chain(tmp_path)
     path = write_report(chain)
     before = path.read_bytes()
+    run_chain(chain, "text")
     monkeypatch.setattr(page, "render", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_report(chain)
@@ -177,7 +178,7 @@ def test_curves_leave_out_what_is_no_number_and_what_only_counts():
 
 def test_a_name_with_dollars_and_brackets_is_drawn_as_it_is():
     rows = [{"event": "train", "step": step, "rewards/$x_<b>": 1.0, "rewards/_y": 2.0} for step in (1, 2)]
-    svg = curves_svg("rewards", grouped(rows)["rewards"], [1], "salt")
+    svg = curves_svg("rewards", grouped(rows)["rewards"], [1])
     assert "$x_&lt;b&gt;" in svg
     assert "<b>" not in svg
     assert 'aria-label="rewards over steps"' in svg

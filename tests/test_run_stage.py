@@ -186,14 +186,14 @@ def test_what_a_stage_goes_on_from_is_kept_until_it_is_done(cli, tmp_path):
 
 @pytest.mark.parametrize("fault", [RuntimeError("no\ncharts"), SystemExit(3), None])
 def test_a_fault_of_the_report_changes_no_exit_code(cli, tmp_path, capsys, monkeypatch, fault):
-    def write_report(chain):
+    def refresh_report(chain):
         if fault is not None:
             raise fault
-        return tmp_path / "runs" / chain.recipe.name / "report" / "index.html"
+        return tmp_path / "runs" / chain.recipe.name / "report" / "index.html", True
 
     assert cli("--stage", "tuned") == 2
     assert [cli("--stage", name) for name in ("train", "tuned")] == [0, 0]
-    monkeypatch.setitem(sys.modules, "pipelines.report", SimpleNamespace(write_report=write_report))
+    monkeypatch.setitem(sys.modules, "pipelines.report", SimpleNamespace(refresh_report=refresh_report))
     capsys.readouterr()
     assert cli("--all") == 0
     said = capsys.readouterr()

@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from data.catalogs import message_documents, read_catalog
 from data.own_text import sources_from_directory
@@ -199,33 +199,6 @@ def test_a_local_parquet_file_of_the_fineweb_edu_schema(tmp_path):
         ("A page about rivers.", "https://example.org/rivers"),
         ("Another page.", "https://example.org/rivers"),
     ]
-
-
-def test_the_hub_is_streamed_at_the_pinned_revision(tmp_path, monkeypatch):
-    import datasets
-
-    write_parquet(tmp_path / "a.parquet", [FINEWEB_ROW | {"text": f"page {i}"} for i in range(5)])
-    real, asked = datasets.load_dataset, {}
-
-    def local(repository, subset, **options):
-        asked.update(options, repository=repository, subset=subset)
-        return real("parquet", data_files=str(tmp_path / "a.parquet"), split="train", streaming=options["streaming"])
-
-    monkeypatch.setattr(datasets, "load_dataset", local)
-    fields = {"type": "hub", "name": "web", "language": "en", "licence": "ODC-By", "rules": "web", "max_documents": 3}
-    hub = {"repository": "HuggingFaceFW/fineweb-edu", "revision": "a" * 40, "subset": "sample-10BT"}
-    source = SOURCE.validate_python(fields | hub)
-    assert [d.text for d in read(source)] == ["page 0", "page 1", "page 2"]
-    assert asked == {
-        "repository": "HuggingFaceFW/fineweb-edu",
-        "subset": "sample-10BT",
-        "split": "train",
-        "revision": "a" * 40,
-        "streaming": True,
-    }
-    assert source_revision(source) == "HuggingFaceFW/fineweb-edu@" + "a" * 40
-    with pytest.raises(ValidationError, match="revision"):
-        SOURCE.validate_python(fields | hub | {"revision": "main"})
 
 
 def test_ones_own_files_are_pinned_by_content_not_by_place(tmp_path):

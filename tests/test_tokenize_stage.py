@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from tiny_corpus import SIZES, build_corpus
 
+from data import encode_parts
 from data import tokenize_corpus as module
 from data.corpus import DocumentWriter, read_documents
+from data.encoding import Encoder
 from data.heldout import HeldoutSet
 from data.loader import MixtureLoader
 from data.shards import HELDOUT, TRAIN, open_shard, read_ids, read_info
@@ -62,6 +64,7 @@ def test_the_artifact_is_whole_and_says_what_it_holds(tokens, parents):
         for split in (TRAIN, HELDOUT):
             assert source[split]["documents"] == len(texts(parents, split, source["name"]))
     assert info.sources[0]["language"] == "en"
+    assert "domain" in info.sources[0]
 
 
 def test_every_document_is_there_as_text_or_as_chat(tokens, parents):
@@ -132,31 +135,55 @@ def test_the_same_input_gives_the_same_bytes(tokens, parents, tmp_path):
     assert contents(again) == contents(tokens)
 
 
-def test_an_interrupted_run_goes_on_with_the_source_it_was_at(tokens, parents, tmp_path, monkeypatch):
-    encode, calls = module._Job.encode, []
+def test_an_interrupted_run_goes_on_with_the_part_it_was_at(tokens, parents, tmp_path, monkeypatch):
+    # trap T6
+    monkeypatch.setattr(encode_parts, "PART_BYTES", 4_000)
+    encode, calls = Encoder.encode, []
 
-    def stopping(job, documents, split):
-        calls.append(documents[0]["source"])
+    def stopping(encoder, documents, *, chat):
+        calls.append(documents[0]["id"])
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return encode(job, documents, split)
+        return encode(encoder, documents, chat=chat)
 
-    monkeypatch.setattr(module._Job, "encode", stopping)
+    monkeypatch.setattr(Encoder, "encode", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(parents, tmp_path)
     output, _ = run(parents, tmp_path)
-    assert calls == ["wiki", "wiki", "netz", "netz", "netz", "gaon", "gaon", "python", "python"]
+    assert calls[4] == calls[3], "the part that was broken off comes first"
+    assert len(calls) - 1 == len(set(calls)), "and no other is encoded twice"
     assert contents(output) == contents(tokens)
 
 
-def test_damaged_scratch_is_encoded_again(tokens, parents, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_count", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        run(parents, tmp_path)
-    monkeypatch.undo()
-    scratch = tmp_path / "work" / "encoded" / TRAIN / "wiki.bin"
-    scratch.write_bytes(bytes(len(scratch.read_bytes())))
+def break_off_before_counting(parents, directory, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_count", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(parents, directory)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx.npy", "ids.txt", "done.json"])
+@pytest.mark.parametrize("damage", [lambda old: old[:-1], lambda old: bytes([old[0] ^ 1]) + old[1:]])
+def test_a_damaged_part_is_encoded_again(tokens, parents, tmp_path, monkeypatch, suffix, damage):
+    break_off_before_counting(parents, tmp_path, monkeypatch)
+    part = tmp_path / "work" / "encoded" / TRAIN / f"wiki.00000.{suffix}"
+    part.write_bytes(damage(part.read_bytes()))
     output, _ = run(parents, tmp_path)
+    assert contents(output) == contents(tokens)
+
+
+def test_parts_of_other_documents_are_not_taken_for_these(tokens, parents, tmp_path, monkeypatch):
+    break_off_before_counting(parents, tmp_path, monkeypatch)
+    folder = tmp_path / "work" / "encoded" / TRAIN
+    for path in folder.glob("netz.00000.*"):
+        path.rename(folder / path.name.replace("netz", "wiki"))
+    output, _ = run(parents, tmp_path)
+    assert contents(output) == contents(tokens)
+
+
+def test_many_parts_and_many_workers_give_the_same_bytes(tokens, parents, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode_parts, "PART_BYTES", 2_000)
+    output, _ = run(parents, tmp_path, workers=2)
     assert contents(output) == contents(tokens)
 
 

@@ -54,11 +54,20 @@ def test_saving_in_place_does_not_survive_the_same_kills(crash_points):  # trap 
 
 def test_pretraining_survives_a_handful_of_kills_and_the_controls_are_told_apart():  # trap T6, trap O2
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as root:
-        run = forking("scripts/torture.py", "--kills=4", "--stops=1", f"--directory={root}")
+        run = forking("scripts/torture.py", "--kills=4", "--stops=1", "--data_kills=0", f"--directory={root}")
     assert run.returncode == 0, run.stdout + run.stderr
     assert "kills: 4 in" in run.stdout
     assert run.stdout.count("control: a resume with") == 3
     assert "every run ended bit-equal" in run.stdout
+
+
+def test_data_survives_a_handful_of_kills_and_the_controls_are_told_apart():  # trap T6
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as root:
+        run = forking("scripts/torture_data.py", "--kills=10", f"--directory={root}")
+    assert run.returncode == 0, run.stdout + run.stderr
+    for name in ("shards", "tokenizer training", "loading shards", "loading whole documents", "loading a stream"):
+        assert f"{name}: 2 kills in" in run.stdout
+    assert "everything came out bit-equal" in run.stdout
 
 
 def test_the_command_line_knows_no_other_words():

@@ -117,6 +117,9 @@ class Log:
         """Remember what an operator should read."""
         self.log("alert", 0, {"text": text})
 
+    def notify(self, text: str) -> None:
+        """Nobody watches."""
+
     def of(self, event: str, name: str) -> dict[int, Any]:
         """Values of one name by step."""
         return {row["step"]: row[name] for row in self.rows if row["event"] == event and name in row}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from model.export.granite import granite_faults
-from model.export.vocabulary import BYTE_LEVEL_PRE, Vocabulary
+from model.export.vocabulary import Vocabulary
 from model.spec import AttentionSpec, Mamba2Spec, ModelSpec
 
 if TYPE_CHECKING:
@@ -259,11 +259,10 @@ def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
+    writer.add_tokenizer_pre(vocabulary.pre)
     if vocabulary.model == "gpt2":
-        writer.add_tokenizer_pre(BYTE_LEVEL_PRE)
         writer.add_token_merges(vocabulary.merges)
     else:
-        writer.add_tokenizer_pre("default")
         writer.add_token_scores(vocabulary.scores)
         writer.add_add_space_prefix(False)
     # No text begins with a special token here; the id is named so that nobody guesses one.

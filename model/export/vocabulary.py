@@ -1,7 +1,8 @@
 """A tokenizer artifact as the token lists that GGUF wants: byte-level BPE as ``gpt2``, SentencePiece BPE as ``llama``.
 
-llama.cpp has no general tokenizer: it knows the split regex of each family by a name. Ours is ``qwen35``'s, so only a
-byte-level tokenizer with exactly that regex, or SentencePiece BPE trained with the identity, keeps its ids there.
+llama.cpp has no general tokenizer: it knows the split regex of each family by a name. What we train has ``qwen35``'s,
+what is pruned of Qwen2.5 has ``qwen2``'s; only a byte-level tokenizer with exactly one of them, or SentencePiece BPE
+trained with the identity, keeps its ids there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ SPLIT_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """The regex that llama.cpp calls ``qwen35``."""
-BYTE_LEVEL_PRE = "qwen35"
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""The regex that llama.cpp calls ``qwen2``."""
+PRES = {SPLIT_PATTERN: "qwen35", QWEN2_PATTERN: "qwen2"}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """llama.cpp's token types."""
 SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
@@ -27,10 +33,12 @@ END_OF_TEXT, PAD, _, END_OF_TURN = SPECIAL_TOKENS
 class Vocabulary:
     """Tokens in id order with llama.cpp's types; ``merges`` of byte-level BPE, or ``scores`` of SentencePiece.
 
-    ``model`` is ``gpt2`` or ``llama``; ``chat_template`` the Jinja text; the ids are those of the specials.
+    ``model`` is ``gpt2`` or ``llama``, ``pre`` llama.cpp's name of the split; ``chat_template`` the Jinja text; the ids
+    are those of the specials.
     """
 
     model: str
+    pre: str
     tokens: list[str]
     types: list[int]
     merges: list[str]
@@ -76,6 +84,7 @@ def read_vocabulary(directory: Path | str) -> Vocabulary:
             raise ValueError(f"tokenizer must hold {name}; got none; run the tokenizer stage")
     return Vocabulary(
         model="gpt2" if is_byte_level else "llama",
+        pre=PRES[_splits(facts)[0]] if is_byte_level else "default",
         tokens=tokens,
         types=types,
         merges=[_merge(pair) for pair in facts["model"]["merges"]] if is_byte_level else [],
@@ -107,10 +116,10 @@ def _byte_level_faults(facts: dict[str, Any]) -> list[str]:
     faults = []
     if facts["normalizer"] is not None:
         faults.append(f"tokenizer must not normalise; got {facts['normalizer']['type']}; normalise when cleaning")
-    splits = [step["pattern"].get("Regex") for step in _pre_tokenizers(facts) if step["type"] == "Split"]
-    if splits != [SPLIT_PATTERN]:
+    splits = _splits(facts)
+    if len(splits) != 1 or splits[0] not in PRES:
         faults.append(
-            f"tokenizer must split text by the regex that llama.cpp calls {BYTE_LEVEL_PRE}; got {splits}; "
+            f"tokenizer must split text by the regex that llama.cpp calls {' or '.join(PRES.values())}; got {splits}; "
             "train one, or leave the gguf formats out"
         )
     if any(step.get("add_prefix_space") for step in _pre_tokenizers(facts)):
@@ -118,6 +127,10 @@ def _byte_level_faults(facts: dict[str, Any]) -> list[str]:
     if facts["model"].get("ignore_merges"):
         faults.append("tokenizer must apply its merges to every word; got ignore_merges true; train one")
     return faults
+
+
+def _splits(facts: dict[str, Any]) -> list[Any]:
+    return [step["pattern"].get("Regex") for step in _pre_tokenizers(facts) if step["type"] == "Split"]
 
 
 def _is_byte_level(facts: dict[str, Any]) -> bool:

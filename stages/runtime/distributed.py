@@ -168,6 +168,17 @@ def broadcast(value: T) -> T:
     return box[0]
 
 
+def all_gather(value: T) -> list[T]:
+    """Every rank's ``value``, in order of rank, on every rank; any object that pickles."""
+    if world_size() == 1:
+        return [value]
+    import torch
+
+    found: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(found, value, group=_control())
+    return found
+
+
 def on_rank_zero(function: Callable[[], T]) -> T:
     """Run ``function`` on rank 0 alone and give its result to all; an exception there is raised on every rank.
 
@@ -183,18 +194,18 @@ def on_rank_zero(function: Callable[[], T]) -> T:
     if world_size() > 1:
         result, text = broadcast((result, None if error is None else (type(error), str(error))))
         if text is not None and error is None:
-            raise _rebuilt(*text)
+            raise rebuilt(0, *text)
     if error is not None:
         raise error
     return result
 
 
-def _rebuilt(kind: type[Exception], text: str) -> Exception:
-    """Rank 0's exception for another rank. Only its text travels: some exception types take no plain message."""
+def rebuilt(source: int, kind: type[Exception], text: str) -> Exception:
+    """The exception of rank ``source`` for another one. Only its text travels: some types take no plain message."""
     try:
         return kind(text)
     except TypeError:
-        return RuntimeError(f"rank 0: {kind.__name__}: {text}")
+        return RuntimeError(f"rank {source}: {kind.__name__}: {text}")
 
 
 @dataclasses.dataclass

@@ -41,17 +41,24 @@ class ReferenceCache:
         self.key = hashlib.sha256(text.encode()).hexdigest()
         self.directory = directory / f"reference-{self.key[:16]}"
 
-    def fetch(self, pairs: Sequence[Any], compute: Compute) -> np.ndarray:
+    def fetch(self, pairs: Sequence[Any], compute: Compute, between: Callable[[], None] = lambda: None) -> np.ndarray:
         """(n, 2) float32 of ``pairs``, from disk where it verifies, computed and kept elsewhere; collective.
+
+        ``between`` is called on all ranks, equally often, after each hand of blocks, one a rank; what it raises ends
+        the pass, and the blocks that were written are not computed again.
 
         Raises:
             CheckpointError: when a block that was just written does not verify.
         """
         n_blocks = math.ceil(len(pairs) / BLOCK_PAIRS)
         missing = distributed.on_rank_zero(lambda: self._missing(n_blocks, len(pairs)))
-        for number in missing[distributed.rank() :: distributed.world_size()]:
-            values = compute(pairs[number * BLOCK_PAIRS : (number + 1) * BLOCK_PAIRS])
-            write_atomic(self.path(number), self._content(number, np.asarray(values, np.float32).tolist()))
+        for hand in range(0, len(missing), distributed.world_size()):
+            place = hand + distributed.rank()
+            # At most one block a rank: the last hand may be short.
+            for number in missing[place : place + 1]:
+                values = compute(pairs[number * BLOCK_PAIRS : (number + 1) * BLOCK_PAIRS])
+                write_atomic(self.path(number), self._content(number, np.asarray(values, np.float32).tolist()))
+            between()
         distributed.barrier()
         blocks = [self._read(number, _size(number, len(pairs))) for number in range(n_blocks)]
         return np.concatenate(blocks) if blocks else np.zeros((0, 2), np.float32)

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from stages.runtime.dpo_data import TokenPair
-
-DRAWS = 2000
-CONFIDENCE = 0.95
+from stages.runtime.suites.intervals import described_interval
 
 
 def scores(pairs: Sequence[TokenPair], policy: np.ndarray, reference: np.ndarray) -> dict[str, float | int]:
@@ -20,7 +18,8 @@ def scores(pairs: Sequence[TokenPair], policy: np.ndarray, reference: np.ndarray
     training; ``accuracy`` the share of pairs in which it is above 0, ties counting half. ``preference_nats_per_token``
     and ``preference_accuracy`` ask the policy alone which answer is likelier a token, before as after.
     ``chosen_change_nats_per_token`` tells whether the chosen answers lose probability as well. All and each category,
-    each language and each category in each language have ``n_pairs``; ``_low`` and ``_high`` bound a 95% interval.
+    each language and each category in each language have ``n_pairs``; ``_low`` and ``_high`` bound a 95% interval, and
+    are absent where all pairs are of one template, which says nothing of others.
     """
     found: dict[str, float | int] = {}
     change = np.asarray(policy, np.float64) - reference
@@ -42,21 +41,20 @@ def scores(pairs: Sequence[TokenPair], policy: np.ndarray, reference: np.ndarray
         found[f"n_templates{suffix}"] = len({templates[member] for member in members})
         for metric, values in columns.items():
             found[f"{metric}{suffix}"] = float(values[members].mean())
-            low, high = interval(values[members], [templates[member] for member in members])
-            found[f"{metric}_low{suffix}"], found[f"{metric}_high{suffix}"] = low, high
+            is_share = metric.endswith("accuracy")
+            bounds = interval(values[members], [templates[member] for member in members], is_share=is_share)
+            if bounds is not None:
+                found[f"{metric}_low{suffix}"], found[f"{metric}_high{suffix}"] = bounds
     return found
 
 
-def interval(values: np.ndarray, clusters: Sequence[str]) -> tuple[float, float]:
-    """95% percentile interval of the mean; whole ``clusters`` are drawn, since fillings of one template go together."""
-    names = {name: place for place, name in enumerate(dict.fromkeys(clusters))}
-    places = np.array([names[name] for name in clusters])
-    sums, counts = np.bincount(places, values, len(names)), np.bincount(places, minlength=len(names))
-    drawn = np.random.default_rng(0).integers(len(names), size=(DRAWS, len(names)))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(means, [tail, 100 - tail])
-    return float(low), float(high)
+def interval(values: np.ndarray, templates: Sequence[str], *, is_share: bool = False) -> tuple[float, float] | None:
+    """95% interval of the mean over whole ``templates``, since fillings of one go together; none of one template."""
+    if len(set(templates)) < 2:
+        return None
+    unit = "share" if is_share else "nats"
+    ids = [str(place) for place in range(len(values))]
+    return described_interval(ids, values.tolist(), None, templates, unit=unit, n_unit="pairs")[0]
 
 
 def _wins(values: np.ndarray) -> np.ndarray:

@@ -35,6 +35,7 @@ class DpoTraining(Finetuning):
     """See ``stages.dpo.Dpo``."""
 
     headline = "margin_nats"
+    better = "higher"
     loss_name = "loss_nats"
 
     def prepare(self) -> None:
@@ -90,7 +91,9 @@ class DpoTraining(Finetuning):
         train, heldout = self.sides["train"].pairs, self.sides["heldout"].pairs
         device = trainer.accelerator.device
         trainer.model.to(device)
-        found = self._cache().fetch([*train, *heldout], lambda pairs: self._score(trainer.model, pairs, device))
+        found = self._cache().fetch(
+            [*train, *heldout], lambda pairs: self._score(trainer.model, pairs, device), self.between_batches
+        )
         self.heldout_reference = found[len(train) :]
         chosen, rejected = found[: len(train)].T.tolist()
         return Dataset.from_dict(dataset.to_dict() | {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected})
@@ -100,7 +103,8 @@ class DpoTraining(Finetuning):
         pairs = self.sides["heldout"].pairs
         policy = self.heldout_reference if self.state.step == 0 else self._policy(pairs)
         self.details = scores(pairs, policy, self.heldout_reference)
-        return {name: self.details[name] for name in MEASURED} | {"heldout_hash": self.heldout_hash}
+        found = {name: self.details[name] for name in MEASURED if name in self.details}
+        return found | {"heldout_hash": self.heldout_hash}
 
     def extra_metrics(self) -> dict[str, Any]:
         """All intervals, also by category and language, before as well, and what was truncated or left out."""
@@ -160,7 +164,13 @@ class DpoTraining(Finetuning):
         """(n, 2) under the engine; collective."""
         device = self.engine.device
         dealt = batches(pairs, self.config.eval_batch_size)
-        score = scored(dealt, lambda rows: self._answers(self.forward, rows, device), columns=2, device=device)
+        score = scored(
+            dealt,
+            lambda rows: self._answers(self.forward, rows, device),
+            columns=2,
+            device=device,
+            between=self.between_batches,
+        )
         return score.float().numpy()
 
     def _answers(self, forward: Any, rows: Sequence[TokenPair], device: torch.device) -> torch.Tensor:
@@ -193,7 +203,10 @@ def _group_line(metrics: dict[str, Any], group: str) -> str:
     suffix = f"/{group}" if group else ""
 
     def shown(name: str, form: str) -> str:
-        value, low, high = (format(metrics[f"{name}{end}{suffix}"], form) for end in ("", "_low", "_high"))
+        value = format(metrics[f"{name}{suffix}"], form)
+        if f"{name}_low{suffix}" not in metrics:
+            return f"{value} [one template]"
+        low, high = (format(metrics[f"{name}{end}{suffix}"], form) for end in ("_low", "_high"))
         return f"{value} [{low}, {high}]"
 
     change = metrics[f"chosen_change_nats_per_token{suffix}"]

@@ -14,8 +14,9 @@ from data import tokenizer as tokenizers
 from model import cost, init
 from model.config import HybridConfig
 from model.lm import HybridForCausalLM, model_backends
-from stages.base import ConfigError, Fault, StageContext, StageResult
+from stages.base import ConfigError, Fault, StageContext, StageResult, StopRequested
 from stages.runtime import distributed, ds_config, rng, warm_start
+from stages.runtime.alarms import Better
 from stages.runtime.audit import TrainingRecord, audit
 from stages.runtime.checkpoint import load_weights, save_weights
 from stages.runtime.engine import prepare_environment
@@ -41,6 +42,10 @@ class Finetuning(ABC):
 
     headline: str = "nats_per_token"
     """The main figure of ``measure``: without it, or not finite, the run is not done."""
+    better: Better = "lower"
+    """Which direction of ``headline`` is good; alarms watch the other."""
+    loss_falls: bool = True
+    """Whether the level of the training loss says how well it goes."""
     loss_name: str = "loss_nats_per_token"
     """What the training loss is called in rows and metrics, with its unit."""
 
@@ -190,6 +195,8 @@ class Finetuning(ABC):
         self.loop.stop_if_asked()
         if not resumed:
             self.state.before = self.loop.measure()
+            warm_start.check_baseline(self.context, self.state.before, self.headline)
+        self.loop.catch_up()
         self.progress.resume_clock()
         self.watch.then = "saving after this step"
 
@@ -205,6 +212,16 @@ class Finetuning(ABC):
                 return self.measure()
         finally:
             self.model.train()
+
+    def between_batches(self) -> None:
+        """Asked by ``measure`` and whatever else takes long, on all ranks equally often.
+
+        Raises:
+            StopRequested: on all ranks, when the run was asked to stop and what stands can be resumed from.
+        """
+        step = self.state.step if hasattr(self, "loop") else 0
+        if self.may_save(step) and self.watch.agreed():
+            raise StopRequested(f"in a measurement, asked to stop by {self.watch.reason}")
 
     def drain_metrics(self) -> dict[str, float]:
         """What TRL gathered in training since the last call."""
@@ -312,6 +329,7 @@ class Finetuning(ABC):
             "skipped_steps": guard.skipped,
             "skipped_nonfinite": guard.skipped_nonfinite,
             "skipped_spike": guard.skipped_spike,
+            "alarms": self.loop.alarms.raised,
             "unchanged_parameters": record.unchanged_parameters,
             "parameters": cost.count_parameters(self.spec).total,
         }

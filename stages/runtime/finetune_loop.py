@@ -18,6 +18,7 @@ import torch
 
 from stages.base import ConfigError, Fault, StopRequested
 from stages.runtime import distributed, settings
+from stages.runtime.alarms import Alarm, Alarms, Better, tell
 from stages.runtime.checkpoint import CheckpointStore
 from stages.runtime.finetune_engine import AdoptedEngine
 from stages.runtime.guards import StepGuard
@@ -43,7 +44,9 @@ class Host(Protocol):
     """What the loop asks of the stage; ``finetune.Finetuning`` is one."""
 
     headline: str
+    better: Better
     loss_name: str
+    loss_falls: bool
 
     def measured(self) -> dict[str, Any]:
         """Metrics of the model as it is."""
@@ -94,6 +97,7 @@ class FinetuneLoop:
         self.tracker, self.watch, self.progress = tracker, watch, progress
         self.store = CheckpointStore(directory / CHECKPOINTS, keep=config.keep_checkpoints)
         self.guard = StepGuard(config.guards)
+        self.alarms = Alarms(config.alarms, score=host.headline, better=host.better, loss_falls=host.loss_falls)
         self.state = FinetuneState()
         self.checkpoint_bytes = checkpoint_bytes
         self._saved_step: int | None = None
@@ -128,6 +132,7 @@ class FinetuneLoop:
         self.engine.load(folder)
         self.state = FinetuneState(**saved["train"])
         self.guard = StepGuard.restored(self.config.guards, saved["guard"])
+        self.alarms.restore(self.state.alarms)
         self.host.restore_state(saved["host"], folder)
         self._saved_step, self._resumed_from = step, folder
         self.progress.saved(max(0.0, time.time() - (folder / MANIFEST).stat().st_mtime))
@@ -166,6 +171,7 @@ class FinetuneLoop:
         self.state.tokens += tokens
         if reason is None:
             self.state.apply(loss, supervised)
+            self._tell("alarm_loss", self.alarms.after_step(self.state.step, loss))
         else:
             self._report_skip(reason, loss)
         self.progress.tokens_per_step = tokens
@@ -192,7 +198,7 @@ class FinetuneLoop:
         self.guard.stop_if_hopeless(step)
         paused = False
         if _due(step, config.eval_every_steps) and step != config.max_steps:
-            self.measure()
+            self._measure_at_boundary()
             paused = True
         at_pin = step == settings.pin_step(config)
         self._save_is_due |= _due(step, config.checkpoint_every_steps) or at_pin
@@ -216,6 +222,7 @@ class FinetuneLoop:
         step = self.state.step
         if self._saved_step == step:
             return
+        self.state.alarms = self.alarms.state()
         content = {
             "train": dataclasses.asdict(self.state),
             "guard": self.guard.state(),
@@ -242,7 +249,23 @@ class FinetuneLoop:
         step = self.state.step
         self.tracker.log("eval", step, values)
         self.progress.say(f"step {step}  held-out {shown(values)}")
+        self._tell("alarm_heldout", self.alarms.after_evaluation(step, values))
         return values
+
+    def catch_up(self) -> None:
+        """Measure now what a request to stop broke off before the checkpoint that the run goes on from."""
+        if self.state.evaluation_due:
+            self._measure_at_boundary()
+
+    def _measure_at_boundary(self) -> None:
+        """Measure between two steps; when asked to stop meanwhile, save first, and measure when the run goes on."""
+        self.state.evaluation_due = True
+        try:
+            self.measure()
+        except StopRequested:
+            self.save()
+            raise StopRequested(f"saved at step {self.state.step}, asked to stop by {self.watch.reason}") from None
+        self.state.evaluation_due = False
 
     def _log(self) -> None:
         state, step = self.state, self.state.step
@@ -264,6 +287,9 @@ class FinetuneLoop:
         }
         self.tracker.log("train", step, values)
         self.progress.say(self.progress.line(step, state.loss, lr, figures, self.guard.skipped))
+
+    def _tell(self, event: str, said: list[Alarm]) -> None:
+        tell(said, self.alarms, event=event, step=self.state.step, tracker=self.tracker, progress=self.progress)
 
     def _report_skip(self, reason: str, loss: float) -> None:
         step, guard = self.state.step, self.guard

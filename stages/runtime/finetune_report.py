@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-OF_THE_COURSE = frozenset({"tokens_per_s"})
+OF_THE_COURSE = frozenset({"tokens_per_s", "alarms"})
 """Metrics that depend on how the run went along; ``stage.json`` has them, the sealed output does not."""
 
 

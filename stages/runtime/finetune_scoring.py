@@ -24,11 +24,13 @@ def scored(
     *,
     columns: int,
     device: torch.device,
+    between: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """(R, columns) float64 on the host: ``score`` of every batch, a row each, in order; collective.
 
     Batches are dealt out to the ranks in turn. Each is scored by one rank alone, so no sum depends on their number.
-    Every rank scores equally often, as ZeRO-3 needs: one without a batch scores the hand's first again.
+    Every rank scores equally often, as ZeRO-3 needs: one without a batch scores the hand's first again. ``between`` is
+    called on all ranks after each hand; what it raises ends the scoring.
     """
     found: list[torch.Tensor] = []
     hands = iter(dealt)
@@ -38,6 +40,7 @@ def scored(
         for number, batch in enumerate(hand):
             is_mine = number == distributed.rank()
             found.append(values if is_mine else torch.zeros(len(batch), columns, dtype=torch.float64))
+        between()
     sums = torch.cat(found) if found else torch.zeros(0, columns, dtype=torch.float64)
     if distributed.world_size() > 1 and len(sums):
         shared = sums.to(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +17,9 @@ from stages.runtime import distributed
 from stages.runtime.faults import faults_of
 from stages.runtime.finetune import Finetuning
 from stages.runtime.finetune_trainer import RowOrder
-from stages.runtime.grpo_report import decode_outcomes, encode_outcomes, paired_gain, summary_of, wilson_interval
+from stages.runtime.grpo_report import decode_outcomes, encode_outcomes, paired_gain, summary_of
 from stages.runtime.rollouts import Roller, Rollout, gathered, generator_of, groups_of, is_informative
+from stages.runtime.suites.intervals import wilson
 
 Group = tuple[Mapping[str, Any], Sequence[Rollout]]
 """A question's row and its completions."""
@@ -45,6 +47,8 @@ class GRPOFinetuning(Finetuning):
     """One run; ``questions`` and the generators of rollouts are functions of the generation's number and the seed."""
 
     headline = "accuracy"
+    better = "higher"
+    loss_falls = False
     loss_name = "loss"
 
     def __init__(self, context: StageContext) -> None:
@@ -151,7 +155,12 @@ class GRPOFinetuning(Finetuning):
         """Greedy accuracy, stop rate and length on all held-out questions, by task too."""
         rank, world = distributed.rank(), distributed.world_size()
         mine = list(range(rank, len(self.heldout_rows), world))
-        rollouts = self.roller.greedy(self.model, [self.heldout_rows[i] for i in mine], self.config.eval_batch_size)
+        rollouts: list[Rollout] = []
+        # As often on every rank: the first has as many questions as any.
+        for start in range(0, math.ceil(len(self.heldout_rows) / world), self.config.eval_batch_size):
+            batch = mine[start : start + self.config.eval_batch_size]
+            rollouts += self.roller.greedy(self.model, [self.heldout_rows[i] for i in batch], len(batch) or 1)
+            self.between_batches()
         facts = gathered(
             [(i, r.correct, r.finished, len(r.completion_ids)) for i, r in zip(mine, rollouts, strict=True)]
         )
@@ -160,7 +169,7 @@ class GRPOFinetuning(Finetuning):
         if not self.outcomes_before:
             self.outcomes_before = self.outcomes
         count, right = len(facts), sum(self.outcomes)
-        low, high = wilson_interval(right, count)
+        low, high = wilson(right, count)
         return {
             "accuracy": right / count,
             "accuracy_low": low,

@@ -2,43 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-RESAMPLES = 20_000
-Z95 = 1.959963984540054
-"""The normal distribution's 97.5% point."""
-
-
-def wilson_interval(right: int, count: int) -> tuple[float, float]:
-    """95% interval of a share, right also near 0 and 1 (Wilson 1927)."""
-    share, z2 = right / count, Z95**2
-    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = Z95 * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2)) / (1 + z2 / count)
-    # At the ends the formula gives them exactly, but for rounding.
-    return (0.0 if right == 0 else centre - half), (1.0 if right == count else centre + half)
+from stages.runtime.suites.intervals import ratio_interval
 
 
 def paired_gain(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float, float]:
-    """Gain in accuracy on the same questions, and its 95% interval by the paired bootstrap (Efron 1979).
+    """Gain in accuracy on the same questions, and its 95% interval by the paired bootstrap.
 
-    A question's difference is -1, 0 or 1, so that drawing questions anew is drawing counts of these from a multinomial
-    distribution. The draws are always the same.
+    A question's difference is -1, 0 or 1. One question alone leaves everything possible.
 
     Raises:
         ValueError: for two lists of different length, or empty ones.
     """
     if len(before) != len(after) or not before:
         raise ValueError(f"before and after must be of the same questions; got {len(before)} and {len(after)}")
-    count = len(before)
-    difference = np.asarray(after, dtype=np.int64) - np.asarray(before, dtype=np.int64)
-    shares = [float((difference == value).mean()) for value in (-1, 0, 1)]
-    draws = np.random.default_rng(0).multinomial(count, shares, size=RESAMPLES)
-    low, high = np.quantile((draws[:, 2] - draws[:, 0]) / count, [0.025, 0.975])
-    return float(difference.mean()), float(low), float(high)
+    difference = [float(now) - float(was) for was, now in zip(before, after, strict=True)]
+    low, high = ratio_interval([str(number) for number in range(len(before))], difference) or (-1.0, 1.0)
+    return sum(difference) / len(difference), low, high
 
 
 def encode_outcomes(outcomes: Sequence[bool]) -> str:

@@ -34,6 +34,7 @@ from stages.base import (
 from stages.runtime import artifact, distributed
 from stages.runtime.artifact import ArtifactError, Job
 from stages.runtime.checkpoint import CheckpointError, seal, verify_manifest
+from stages.runtime.code import write_code
 from stages.runtime.console import copied_to
 from stages.runtime.faults import DONE, Ending, ending_of, is_refusal
 from stages.runtime.lock import ArtifactBusyError, hold
@@ -51,6 +52,8 @@ class Surroundings:
     mode: Literal["auto", "online", "offline", "disabled"] = "disabled"
     project: str = "pedigree"
     entity: str | None = None
+    overridden_gates: tuple[Mapping[str, Any], ...] = ()
+    """Gates that were overridden for the run to begin: ``stage``, ``key``, ``metric``, ``said`` and ``at`` of each."""
 
 
 def execute(stage: Stage, job: Job, around: Surroundings, ready: Callable[[], None] = lambda: None) -> int:
@@ -72,7 +75,7 @@ def _lead(stage: Stage, job: Job, around: Surroundings, ready: Callable[[], None
         print(f"{job.name}: already done, {artifact.shown(job.directory)}")
         return EXIT_DONE
     with copied_to(job.directory / "log.txt") as log:
-        record = _begin(job, previous)
+        record = _begin(job, previous, around)
         return _attempt(stage, job, around, previous, record, log, ready)
 
 
@@ -134,7 +137,7 @@ def follow(stage: Stage, job: Job, around: Surroundings) -> int:
     return EXIT_DONE
 
 
-def _begin(job: Job, previous: Mapping[str, Any] | None) -> dict[str, Any]:
+def _begin(job: Job, previous: Mapping[str, Any] | None, around: Surroundings) -> dict[str, Any]:
     """Write ``running`` and return the record."""
     attempts = (previous or {}).get("attempts", 0) + 1
     record: dict[str, Any] = {
@@ -152,6 +155,8 @@ def _begin(job: Job, previous: Mapping[str, Any] | None) -> dict[str, Any]:
         "seed": job.seed,
         "parents": {name: _link(job, name, previous) for name in job.parents},
         "sources": dict(job.identity["sources"]),
+        "code_digest": write_code(job.directory),
+        "overridden_gates": _overridden(previous, around),
         "output_digest": None,
         "metrics": {},
         "summary": [],
@@ -168,6 +173,14 @@ def _begin(job: Job, previous: Mapping[str, Any] | None) -> dict[str, Any]:
     goes_on = f", goes on from step {record['step']}" if record["step"] else ""
     print(f"{job.name}: started in {artifact.shown(job.directory)} (attempt {attempts}{goes_on})")
     return record
+
+
+def _overridden(previous: Mapping[str, Any] | None, around: Surroundings) -> list[dict[str, Any]]:
+    """What earlier attempts and this one were let past, each once."""
+    found: list[dict[str, Any]] = []
+    for gate in [*(previous or {}).get("overridden_gates", []), *around.overridden_gates]:
+        found += [dict(gate)] if gate not in found else []
+    return found
 
 
 def _link(job: Job, name: str, previous: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -264,7 +277,9 @@ def _context(stage: Stage, job: Job, around: Surroundings, tracker: Any, record:
 
 
 def _run(stage: Stage, context: StageContext) -> StageResult:
-    with contextlib.nullcontext() if stage.launched else _stop_on_signals():
+    # Where ranks wait for each other they must stop at the same place, which the stage itself looks for.
+    is_together = stage.launched or (stage.shared and distributed.world_size() > 1)
+    with contextlib.nullcontext() if is_together else _stop_on_signals():
         result = stage.run(context)
     if "torch" in sys.modules:
         distributed.close_process_group()

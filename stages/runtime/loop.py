@@ -17,6 +17,7 @@ import torch
 
 from stages.base import StopRequested
 from stages.runtime import distributed
+from stages.runtime.alarms import Alarm, Alarms, tell
 from stages.runtime.checkpoint import CheckpointStore
 from stages.runtime.engine import TrainingEngine
 from stages.runtime.guards import GuardConfig, StepGuard
@@ -24,6 +25,9 @@ from stages.runtime.progress import Progress
 
 FINAL_LOSS_STEPS = 50
 """Applied steps over which the final loss is the mean; fixed, so that no logging cadence shows in a sealed output."""
+
+COURSE = ("tokens_per_s", "mfu", "data_wait_share")
+"""Figures of progress that a train row has; they tell of the machine, not of the run."""
 
 
 class LoopSettings(NamedTuple):
@@ -59,6 +63,8 @@ class TrainState:
     weights_before: list[float] = dataclasses.field(default_factory=list)
     evaluation_due: bool = False
     """Whether this step's evaluation was broken off by a request to stop, and comes first when the run goes on."""
+    alarms: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What the alarms remember, as ``Alarms.state`` gives it; empty in checkpoints from before there were any."""
 
     @property
     def final_loss(self) -> float:
@@ -80,6 +86,7 @@ class TrainLoop:
     Args:
         engine: takes micro-batches and steps.
         batch: ``(step, rows)`` to a NamedTuple of tensors with ``labels``; a pure function.
+        alarms: told every applied step's loss and every evaluation.
         evaluate: measures the model as it is; its dictionary holds ``bpb``. It raises ``StopRequested`` on all ranks
             when it was broken off by a request to stop.
         store: where checkpoints go; ``facts`` (plain JSON) are kept with each.
@@ -96,6 +103,7 @@ class TrainLoop:
         batch: Callable[[int, slice], Any],
         evaluate: Callable[[], dict[str, Any]],
         guard: StepGuard,
+        alarms: Alarms,
         store: CheckpointStore,
         tracker: Any,
         watch: Any,
@@ -104,7 +112,7 @@ class TrainLoop:
     ) -> None:
         self.settings, self.engine, self.batch, self.evaluate = settings, engine, batch, evaluate
         self.guard, self.store, self.tracker, self.watch = guard, store, tracker, watch
-        self.progress, self.facts = progress, facts
+        self.progress, self.facts, self.alarms = progress, facts, alarms
         self.state = TrainState()
         self._saved_step: int | None = None
 
@@ -112,6 +120,7 @@ class TrainLoop:
         """Take up state and guard counters from a checkpoint's ``state``; the engine loads its own files."""
         self.state = TrainState(**saved["train"])
         self.guard = StepGuard.restored(guard_config, saved["guard"])
+        self.alarms.restore(self.state.alarms)
         self._saved_step = self.state.step
 
     def run(self) -> None:
@@ -139,6 +148,7 @@ class TrainLoop:
         step = self.state.step
         if self._saved_step == step:
             return
+        self.state.alarms = self.alarms.state()
         content = {"train": dataclasses.asdict(self.state), "guard": self.guard.state(), **self.facts}
         # What a checkpoint says happened must be on disk before it: a resume goes by both.
         self.tracker.flush()
@@ -157,6 +167,7 @@ class TrainLoop:
         self.tracker.log("eval", step, values)
         by_language = "  ".join(f"{k.removeprefix('bpb/')} {v:.4f}" for k, v in values.items() if k.startswith("bpb/"))
         self.progress.say(f"step {step}  held-out {values['bpb']:.4f} bits/byte  {by_language}")
+        self._tell("alarm_heldout", self.alarms.after_evaluation(step, values))
         return values
 
     def _train_step(self) -> None:
@@ -168,6 +179,7 @@ class TrainLoop:
         self.state.step += 1
         if reason is None:
             self.state.apply(loss, n_tokens)
+            self._tell("alarm_loss", self.alarms.after_step(self.state.step, loss))
         seconds = time.monotonic() - started
         self.state.seconds += seconds
         self.progress.count(seconds)
@@ -178,7 +190,9 @@ class TrainLoop:
 
     def _accumulate(self, step: int) -> tuple[float, int]:
         """Loss a token of the whole step over all ranks, and its scored tokens; gradients are left in the engine."""
+        started = time.monotonic()
         batches = [self.batch(step, rows) for rows in self._rows()]
+        self.progress.waited(time.monotonic() - started)
         # The model shifts labels, so what stands at t = 0 is never predicted.
         scored = sum(int((batch.labels[:, 1:] != -100).sum()) for batch in batches)
         n_tokens = int(distributed.all_reduce_sum(scored))
@@ -233,10 +247,13 @@ class TrainLoop:
             "supervised_tokens": state.supervised_tokens,
             "skipped_nonfinite": self.guard.skipped_nonfinite,
             "skipped_spike": self.guard.skipped_spike,
-            **{name: value for name, value in figures.items() if name in ("tokens_per_s", "mfu")},
+            **{name: value for name, value in figures.items() if name in COURSE},
         }
         self.tracker.log("train", step, values)
         self.progress.say(self.progress.line(step, state.loss, lr, figures, self.guard.skipped))
+
+    def _tell(self, event: str, said: list[Alarm]) -> None:
+        tell(said, self.alarms, event=event, step=self.state.step, tracker=self.tracker, progress=self.progress)
 
     def _report_skip(self, reason: str, loss: float, grad_norm: float) -> None:
         step = self.state.step

@@ -99,6 +99,7 @@ class WandbMirror:
         self.failure = ""
         self._run: Any = None
         self._axes: set[str] = set()
+        self._sent: list[Any] = []
         self._try(lambda: self._open(Path(directory).resolve(), run, config))
 
     @property
@@ -123,7 +124,19 @@ class WandbMirror:
 
     def log_artifact(self, name: str, kind: str, path: Path, metadata: Mapping[str, Any]) -> None:
         """Declare an output by reference: the files stay where they are, W&B keeps their checksums."""
-        self._try(lambda: self._run.log_artifact(self._artifact(name, kind, path, metadata)))
+        sent = self._try(lambda: self._run.log_artifact(self._artifact(name, kind, path, metadata)))
+        if sent is not None:
+            self._sent.append(sent)
+
+    def confirm(self) -> str:
+        """Wait until the server has every output, which W&B sends behind the caller's back; why it has not, or ""."""
+        faults = []
+        for sent in self._sent if self.alive else []:
+            try:
+                sent.wait()
+            except Exception as error:
+                faults.append(one_line(error))
+        return "; ".join(faults)
 
     def alert(self, title: str, text: str) -> None:
         """Send an alert."""
@@ -145,7 +158,7 @@ class WandbMirror:
             # A signal that came during the call is the run's affair and no failure of W&B.
             raise
         except Exception as error:
-            self.failure = " ".join(f"{type(error).__name__}: {error}".split())
+            self.failure = one_line(error)
             self._run = None
             # Registered after W&B's own hook, and so called before it.
             atexit.register(_silence_wandb_at_exit)
@@ -192,6 +205,11 @@ class WandbMirror:
         return artifact
 
 
+def one_line(error: Exception) -> str:
+    """An error's kind and words without line breaks."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def described(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """``metadata`` with figures of groups (``margin_nats/de``) together under ``by_group``.
 
@@ -203,7 +221,12 @@ def described(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def keep_inside(directory: Path) -> None:
-    """Point W&B's folders, which it takes from the environment alone, into the artifact: none is lost with a home."""
+    """Point W&B's folders, which it takes from the environment alone, into the artifact: none is lost with a home.
+
+    Its reports of its own faults and times, which go to its makers, are switched off the same way, unless the user said
+    otherwise.
+    """
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ["WANDB_DIR"] = str(directory)
     os.environ["WANDB_DATA_DIR"] = str(directory / "wandb" / "data")
     os.environ["WANDB_CACHE_DIR"] = str(directory / "wandb" / "cache")
@@ -219,6 +242,9 @@ def discreet_settings() -> dict[str, Any]:
         "save_code": False,
         "disable_job_creation": True,
         "x_disable_meta": True,
+        "x_disable_machine_info": True,
+        "host": "",
+        "program": "",
         "x_save_requirements": False,
         "init_timeout": INIT_TIMEOUT_S,
         "finish_timeout_raises": True,

@@ -11,15 +11,14 @@ import torch
 import transformers
 
 from data import baselines
-from data.errors import DataError
 from data.heldout import HeldoutSet
-from data.loader import MixtureLoader
 from model import cost, init
 from model.block import compile_parts
 from model.config import HybridConfig
 from model.lm import HybridForCausalLM, model_backends
 from stages.base import ConfigError, Fault, StageContext, StageResult, StopRequested
 from stages.runtime import distributed, ds_config, rng, settings, warm_start
+from stages.runtime.alarms import Alarms
 from stages.runtime.audit import TrainingRecord, audit
 from stages.runtime.checkpoint import CheckpointStore, load_weights, save_weights
 from stages.runtime.engine import TrainingEngine, prepare_environment
@@ -31,10 +30,11 @@ from stages.runtime.manifest import MANIFEST
 from stages.runtime.optimizer import adamw, embedding_parameters, parameter_groups
 from stages.runtime.progress import EvaluationProgress, Progress, count_of, peak_flops
 from stages.runtime.schedule import lr_at, same_path
+from stages.runtime.training_data import TrainingData
 
 CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation.json"
-OF_THE_COURSE = frozenset({"tokens_per_s", "best_bpb", "best_step"})
+OF_THE_COURSE = frozenset({"tokens_per_s", "best_bpb", "best_step", "alarms"})
 """Metrics that depend on how the run went along; ``stage.json`` has them, the sealed output does not."""
 
 
@@ -66,7 +66,10 @@ class Pretraining:
             self._stop_if_asked()
             with faults_of(self.context.name):
                 self._resume(loop)
-            loop.run()
+            try:
+                loop.run()
+            finally:
+                self.data.close()
             return self._finish(loop)
 
     def _stop_if_asked(self) -> None:
@@ -92,27 +95,17 @@ class Pretraining:
         )
 
     def _open_data(self) -> None:
-        config, folder = self.config, self.context.parent_output("data")
+        folder = self.context.parent_output("data")
+        self.data = TrainingData(self.context)
         try:
-            self.loader = MixtureLoader(
-                folder,
-                seq_len=config.seq_len,
-                global_batch_size=config.global_batch_size,
-                seed=self.context.seed,
-                weights=config.mixture,
-                max_epochs=config.max_epochs,
-            )
-            self.mixture = self.loader.plan(config.max_steps)
             self.heldout = HeldoutSet(folder)
-        except DataError as error:
-            raise ConfigError([Fault(field or "data", message) for field, message in error.faults]) from error
         except ValueError as error:
             raise ConfigError(Fault("data", str(error))) from error
         self.unigram = np.load(folder / "unigram.npy")
         self.tokenizer_dir = folder / "tokenizer"
 
     def _build(self) -> None:
-        config, info = self.config, self.loader.info
+        config, info = self.config, self.data.info
         rng.seed_all(self.context.seed)
         self.model = HybridForCausalLM(
             HybridConfig.from_spec(self.spec, eos_token_id=info.eos_id, pad_token_id=info.pad_id)
@@ -160,14 +153,15 @@ class Pretraining:
         return TrainLoop(
             loop_settings,
             engine=self.engine,
-            batch=self.loader.batch,
+            batch=self.data.batch,
             evaluate=self._evaluate,
             guard=StepGuard(config.guards),
+            alarms=Alarms(config.alarms, score="bpb"),
             store=CheckpointStore(self.context.directory / CHECKPOINTS, keep=config.keep_checkpoints),
             tracker=self.context.tracker,
             watch=watch,
             progress=self._progress(),
-            facts=self._run_facts(),
+            facts=self.data.facts(self._run_facts()),
         )
 
     def _lr(self, step: int) -> float:
@@ -202,13 +196,15 @@ class Pretraining:
             self.context.tracker.resume(0)
             loop.state.weights_before = self.engine.fingerprint()
             if "from_" in self.context.parents:
-                loop.log_evaluation()
+                values = loop.log_evaluation()
+                warm_start.check_baseline(self.context, values, "bpb")
             return
         step, folder, saved = found
         self._check_shape(step, saved)
         loop.store.set_aside_after(step)
         self.engine.load(folder)
         loop.restore(saved, self.config.guards)
+        self.data.restore(saved)
         loop.progress.saved(max(0.0, time.time() - (folder / MANIFEST).stat().st_mtime))
         self.context.tracker.resume(step)
         loop.progress.say(f"resumed from step {step}")
@@ -243,11 +239,8 @@ class Pretraining:
             f"{config.global_batch_size} x {config.seq_len}, {ranks}, {config.deepspeed}, {config.precision}; "
             f"{self.start_line}"
         )
-        for name, figures in self.mixture.items():
-            progress.say(
-                f"  source {name}: share {figures['share_realised']:.2%} (asked {figures['share_asked']:.2%}), "
-                f"{figures['tokens']:,.0f} tokens, {figures['epochs']:.2f} epochs"
-            )
+        for line in self.data.lines():
+            progress.say(line)
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         for line in model_backends(self.model, dtype):
             progress.say(f"  {line}")
@@ -313,6 +306,7 @@ class Pretraining:
             "skipped_steps": guard.skipped,
             "skipped_nonfinite": guard.skipped_nonfinite,
             "skipped_spike": guard.skipped_spike,
+            "alarms": loop.alarms.raised,
             "unchanged_parameters": record.unchanged_parameters,
             "parameters": cost.count_parameters(self.spec).total,
         }
@@ -352,4 +346,4 @@ class Pretraining:
             )
         if parent and not same_set:
             lines.append("  the parent was measured on another held-out set: not compared")
-        return lines
+        return lines + self.data.ending()

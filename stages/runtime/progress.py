@@ -19,6 +19,9 @@ PEAK_BF16_FLOPS = {
 }
 """Dense bf16 peak FLOP/s by a part of the device's name, longest first (vendor data sheets); no MFU for others."""
 
+WORTH_SAYING = 0.02
+"""Share of the time spent waiting for data from which on the line of progress names it."""
+
 
 def peak_flops(device_name: str) -> float | None:
     """The device's dense bf16 peak in FLOP/s, or None where it is not known."""
@@ -44,13 +47,14 @@ class Progress:
         self._since = time.monotonic()
         self._tokens = 0
         self._steps = 0
+        self._waited = 0.0
         self._saved_at: float | None = None
         self.seconds = 0.0
         """Seconds spent in training steps in this process, evaluations and saves left out."""
 
     def resume_clock(self) -> None:
         """Start measuring anew, after something that was not training."""
-        self._since, self._tokens, self._steps = time.monotonic(), 0, 0
+        self._since, self._tokens, self._steps, self._waited = time.monotonic(), 0, 0, 0.0
 
     def count(self, seconds: float) -> None:
         """Note one optimizer step that took ``seconds``."""
@@ -58,15 +62,23 @@ class Progress:
         self._tokens += self.tokens_per_step
         self._steps += 1
 
+    def waited(self, seconds: float) -> None:
+        """Note that a step stood still for so long until its batches were there."""
+        self._waited += seconds
+
     def saved(self, age_s: float = 0.0) -> None:
         """Note that a checkpoint was written ``age_s`` seconds ago."""
         self._saved_at = time.monotonic() - age_s
 
     def figures(self, step: int) -> dict[str, float]:
-        """``tokens_per_s``, ``eta_s``, ``checkpoint_age_s`` and ``mfu`` where they are known, since the last call."""
+        """Figures since the last call, where they are known.
+
+        ``tokens_per_s``, ``data_wait_share`` (of the time, waiting for batches), ``eta_s``, ``checkpoint_age_s``,
+        ``mfu``.
+        """
         elapsed = max(time.monotonic() - self._since, 1e-9)
         speed = self._tokens / elapsed
-        figures = {"tokens_per_s": speed}
+        figures = {"tokens_per_s": speed, "data_wait_share": self._waited / elapsed}
         if self._steps:
             figures["eta_s"] = (self.max_steps - step) * elapsed / self._steps
         if self._saved_at is not None:
@@ -83,6 +95,8 @@ class Progress:
         parts.append(f"{figures['tokens_per_s']:,.0f} tok/s")
         if "mfu" in figures:
             parts.append(f"MFU {figures['mfu']:.1%}")
+        if figures.get("data_wait_share", 0.0) >= WORTH_SAYING:
+            parts.append(f"{figures['data_wait_share']:.0%} waiting for data")
         if "eta_s" in figures:
             parts.append(f"ETA {duration(figures['eta_s'])}")
         age = figures.get("checkpoint_age_s")

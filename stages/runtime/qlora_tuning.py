@@ -16,7 +16,7 @@ from stages.runtime.finetune_scoring import batches
 from stages.runtime.qlora_base import BaseBytes, quantise
 from stages.runtime.qlora_merge import MergeReport, merge_both
 from stages.runtime.sft_tuning import COLUMNS, SupervisedTuning
-from stages.runtime.suites.scores import Items, bootstrap, wilson
+from stages.runtime.suites.intervals import ratio_interval, share_interval
 
 ADAPTER_FOLDER = "adapter"
 PROBE_TOKENS = 64
@@ -94,9 +94,9 @@ class QLoRATuning(SupervisedTuning):
         values = super().measure()
         if not self.nats_before:
             self.nats_before = self.table[:, NATS].tolist()
-        right = int((self.table[:, CORRECT] == self.table[:, TOKENS]).sum())
-        low, high = wilson(right, len(self.table))
-        share = right / len(self.table)
+        right = (self.table[:, CORRECT] == self.table[:, TOKENS]).double()
+        low, high = share_interval(right.tolist(), self._families())
+        share = float(right.mean())
         return {**values, "exact_answers": share, "exact_answers_low": low, "exact_answers_high": high}
 
     def extra_metrics(self) -> dict[str, Any]:
@@ -144,9 +144,12 @@ class QLoRATuning(SupervisedTuning):
     def summary(self, metrics: dict[str, Any]) -> list[str]:
         """The run, the loss with its interval, and the two merges."""
         change = "change_nats_per_token"
+        bounds = "no interval of one document"
+        if f"{change}_low" in metrics:
+            bounds = f"95% interval {metrics[f'{change}_low']:+.4f} to {metrics[f'{change}_high']:+.4f}"
         lines = [
-            f"held-out change {metrics[change]:+.4f} nats/token, 95% interval {metrics[f'{change}_low']:+.4f} to "
-            f"{metrics[f'{change}_high']:+.4f}; exact answers {metrics['exact_answers']:.1%}",
+            f"held-out change {metrics[change]:+.4f} nats/token, {bounds}; exact answers "
+            f"{metrics['exact_answers']:.1%}",
             f"trained {metrics['trainable_parameters']:,} parameters, {metrics['adapter_bytes']:,} bytes; "
             f"the adapters moved the base by {self.report.adapter_kl_base:.3g} nats/token",
         ]
@@ -162,17 +165,22 @@ class QLoRATuning(SupervisedTuning):
         return super().load_model().to(_device()).requires_grad_(False).eval()
 
     def _intervals(self) -> dict[str, float]:
-        """95% bootstrap intervals over held-out conversations; the change is paired."""
+        """95% intervals over documents of held-out conversations, and how many these are; the change is paired."""
         tokens, after = self.table[:, TOKENS].tolist(), self.table[:, NATS]
         before = torch.tensor(self.nats_before, dtype=torch.float64)
         ids = [str(number) for number in range(len(tokens))]
         columns = {"nats_per_token": after, "before/nats_per_token": before, "change_nats_per_token": after - before}
-        found: dict[str, float] = {"change_nats_per_token": float((after - before).sum()) / max(sum(tokens), 1.0)}
+        families = self._families()
+        change = float((after - before).sum()) / max(sum(tokens), 1.0)
+        found: dict[str, float] = {"change_nats_per_token": change, "heldout_families": len(set(families))}
         for name, column in columns.items():
-            interval = bootstrap(Items(ids, column.tolist(), tokens))
+            interval = ratio_interval(ids, column.tolist(), tokens, families)
             if interval is not None:
                 found[f"{name}_low"], found[f"{name}_high"] = interval
         return found
+
+    def _families(self) -> list[str]:
+        return [conversation.family for conversation in self.heldout]
 
     def _merge_batches(self) -> list[dict[str, torch.Tensor]]:
         # Evenly, since the file may go source by source.

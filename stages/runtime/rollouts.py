@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from data.chat import render
+from data.chat import REPLY_ENDS, render
 from data.rewards import is_correct, total
 from data.tasks import demonstration
-from data.tokenizer import IM_END, encode_texts
+from data.tokenizer import encode_texts
 from model.decode import Sampling, generate
 from stages.runtime import distributed
 
@@ -55,7 +55,7 @@ class Roller:
         self.tokenizer, self.rewards = tokenizer, rewards
         self.max_completion_length, self.temperature = max_completion_length, temperature
         self.autocast = autocast
-        self._ends = [tokenizer.convert_tokens_to_ids(IM_END), tokenizer.eos_token_id]
+        self._ends = [tokenizer.convert_tokens_to_ids(end) for end in REPLY_ENDS]
         self._encoded: dict[str, list[int]] = {}
 
     def encode(self, row: Mapping[str, Any]) -> list[int]:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from model.spec import ModelSpec
 from stages.base import ConfigError, Fault
-from stages.runtime import ds_config
+from stages.runtime import ds_config, mixture_settings
 from stages.runtime.schedule import decay_start
 
 
 def faults(config: Any, model: ModelSpec | None) -> list[Fault]:
     """Every fault between fields of a pretraining config, and between them and the model; none needs a device."""
     found = training_faults(config, model, "seq_len")
-    for source, weight in (config.mixture or {}).items():
-        if weight < 0:
-            found.append(Fault(f"mixture.{source}", f"must be 0 or more; got {weight}; set its share of tokens"))
+    found += mixture_settings.phase_faults(config)
     if config.rewarm and config.from_ is None:
         found.append(Fault("rewarm", "means something with `from` only; got true and no `from`; remove it"))
     return found
@@ -52,23 +48,6 @@ def device_faults(config: Any, world_size: int | None, has_gpu: bool | None) -> 
         )
     except ConfigError as error:
         found += error.faults
-    return found
-
-
-def mixture_faults(mixture: Mapping[str, float] | None, sources: Sequence[str]) -> list[Fault]:
-    """Weights of sources that are not there, and sources that have no weight."""
-    if mixture is None:
-        return []
-    found = []
-    for name in mixture:
-        if name not in sources:
-            near = difflib.get_close_matches(name, sources, n=1, cutoff=0)[0]
-            message = f"must name one of the data's sources {', '.join(sources)}; did you mean {near}?"
-            found.append(Fault(f"mixture.{name}", message))
-    for name in sources:
-        if name not in mixture:
-            message = "must give every source its weight; got none; set it, 0 leaves it out"
-            found.append(Fault(f"mixture.{name}", message))
     return found
 
 

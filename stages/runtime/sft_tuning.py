@@ -91,6 +91,7 @@ class SupervisedTuning(Finetuning):
             self._score,
             columns=len(COLUMNS),
             device=self.engine.device,
+            between=self.between_batches,
         )
         languages = sorted({conversation.language for conversation in self.heldout} - {""})
         values = _figures(table.sum(0).tolist())

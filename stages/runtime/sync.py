@@ -2,8 +2,8 @@
 
 The source is ``metrics.jsonl``, ``lineage.json`` and ``stage.json``, never W&B's own offline files, which a crash cuts
 short. A second ``sync`` adds nothing: a run has one id for life, its summary knows the last row that arrived
-(``journal/row``), and W&B recognises an artifact by its content. This rests on W&B's documented behaviour; the tests
-hold this side of it against a stand-in, no server was spoken to.
+(``journal/row``), and W&B recognises an artifact by its content. The tests hold W&B's own client against a recorder of
+its protocol, which assumes that last rule and refuses whatever it does not know; W&B's server was not spoken to.
 """
 
 from __future__ import annotations
@@ -72,9 +72,10 @@ def _sync_one(directory: Path) -> str:
     gone = list(_replay_edges(mirror, directory, content))
     for row in rows:
         _replay_row(mirror, row)
+    lost = mirror.confirm()
     mirror.finish(record.get("state", "failed"))
-    if mirror.failure:
-        return f"{directory.name}: FAILED, {mirror.failure}; sync again, what arrived is not sent twice"
+    if lost or mirror.failure:
+        return f"{directory.name}: FAILED, {lost or mirror.failure}; sync again, what arrived is not sent twice"
     missing = f"; no longer on the disk: {', '.join(gone)}" if gone else ""
     return f"{directory.name}: {len(rows)} rows sent, {already} were there, run {content['run']['id']}{missing}"
 

@@ -128,6 +128,12 @@ class Tracker:
             self._mirror.log(ALERT, self.last_step, {"text": text}, row)
             self._mirror.alert(self.directory.name, text)
 
+    def notify(self, text: str) -> None:
+        """Send what a row already says to whoever watches the run in W&B."""
+        if self.enabled and self._mirror:
+            # W&B takes one alert of a title a minute: an alarm is not to be lost to what was said before.
+            self._mirror.alert(f"{self.directory.name}: alarm", scrub_text(text, self._secrets))
+
     def finish(self, state: str) -> None:
         """Flush and close everything; ``state`` is ``done``, ``saved`` or ``failed``. A second call does nothing."""
         if not self.enabled:

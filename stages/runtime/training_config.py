@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from stages.base import StageConfig, operational
+from stages.runtime.alarms import AlarmConfig
 from stages.runtime.guards import GuardConfig
 from stages.runtime.schedule import CosineSchedule, Schedule
 
@@ -52,6 +53,8 @@ class TrainingConfig(StageConfig):
     """Permit a warm start whose peak lr is above the parent's final lr (TRAPS T1)."""
     guards: GuardConfig = GuardConfig()
     """Which steps are skipped, and when skipping ends the run."""
+    alarms: AlarmConfig = operational(AlarmConfig())
+    """When the operator is told of spikes, plateaus and held-out scores that get worse."""
 
     @field_validator("betas")
     @classmethod

@@ -9,11 +9,13 @@ from typing import Any
 
 from data.shards import read_info
 from model.spec import ModelSpec
-from stages.base import Fault, without_operational
+from stages.base import Fault, StageContext, without_operational
 from stages.runtime.artifact import read_record
 
 FREE_FIELDS = ("max_seq_len", "initializer_range")
 """Fields of the model that may differ from the parent's: they change no weight's meaning."""
+BASELINE_TOLERANCE = 2e-3
+"""Share by which a parent's score may differ when it is measured again: rounding in bf16 on other kernels."""
 
 
 def parent_metrics(parent: Path) -> dict[str, Any]:
@@ -45,6 +47,34 @@ def start_line(config: Any, parent: Path | None) -> str:
         return "from scratch"
     line = f"warm start: parent's final lr {_rate(parent_metrics(parent).get('final_lr'))}, own peak lr {config.lr:.3g}"
     return f"{line}, rewarm" if config.rewarm else line
+
+
+def baseline_note(config: Any, parent: Path, values: Mapping[str, Any], score: str) -> str:
+    """What is odd about the measurement before the first step; empty where nothing is, or nothing can be compared.
+
+    The weights are the parent's, so where it was measured on the same set in the same way, ``score`` must be what its
+    ``stage.json`` has: the number is checked before anything is held against it.
+    """
+    record = read_record(parent) or {}
+    metrics, theirs = record.get("metrics") or {}, record.get("config") or {}
+    way = {name: getattr(config, name, None) for name in ("kind", "seq_len", "max_length", "precision")}
+    same_way = all(theirs.get(name) == value for name, value in way.items())
+    if not same_way or metrics.get("heldout_hash") != values["heldout_hash"] or score not in metrics:
+        return ""
+    own, expected = values[score], metrics[score]
+    if abs(own - expected) <= BASELINE_TOLERANCE * abs(expected):
+        return ""
+    return (
+        f"step 0 has {score} {own:.4f} where the parent ended at {expected:.4f} on the same held-out set: the weights "
+        "that were loaded, or the code that computes, are not the parent's; find out before trusting this run"
+    )
+
+
+def check_baseline(context: StageContext, values: Mapping[str, Any], score: str) -> None:
+    """Alert the operator where ``baseline_note`` finds something odd."""
+    note = baseline_note(context.config, context.parents["from_"], values, score)
+    if note:
+        context.tracker.alert(note)
 
 
 def learning_rate_faults(config: Any, parent_lr: float | None) -> list[Fault]:

@@ -1,55 +1,67 @@
 """What every suite works with: the model at rest, likelihoods of given tokens, and replies to conversations.
 
 R rows, T time, D d_model, V vocab_size. Rows are batched in one order that the set alone decides, ``batch_size`` at a
-time, so that an evaluation gives the same bits again; another ``batch_size`` moves a token's nats by rounding alone.
+time, and the batches are dealt out to the ranks, so that an evaluation gives the same bits again on one rank or many;
+another ``batch_size`` moves a token's nats by rounding alone. Every rank makes the same calls and gets all results.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from data import tokenizer as tokenizers
-from data.chat import render
+from data.chat import REPLY_ENDS, render
 from model.config import HybridConfig
 from model.decode import Sampling, generate
 from model.lm import HybridForCausalLM, register
 from stages.base import ConfigError, Fault
+from stages.runtime import distributed
 from stages.runtime.manifest import CheckpointError
+from stages.runtime.suites.dealing import dealt
 from stages.runtime.warm_start import spec_of
 from stages.runtime.weights import load_weights
 
+T = TypeVar("T")
 _ROUND_TOKENS = 16
 _SMALL_PARAMETERS = 30_000_000
 
 
 class Scored(NamedTuple):
-    """Nats of each scored token of one row, and whether all of them were the likeliest."""
+    """Nats of each scored token of one row, and how many tokens were likelier at the worst of their places."""
 
     nats: np.ndarray
-    is_greedy: bool
+    worst_rank: int
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether each token was the likeliest at its place: greedy decoding would have said all of them."""
+        return self.worst_rank == 0
 
 
 class Reply(NamedTuple):
     """One reply: its text, its tokens without the end, and how it ended.
 
-    ``stopped`` is true where it ended its turn, ``is_clean`` where its tokens hold no other special and are UTF-8.
+    ``stopped`` is true where it ended by itself, by either of ``REPLY_ENDS``; ``closes_turn`` where it did so as the
+    template has it; ``is_clean`` where its tokens hold no other special and are UTF-8.
     """
 
     text: str
     tokens: int
     stopped: bool
     is_clean: bool
+    closes_turn: bool
 
 
 class Prompt(NamedTuple):
-    """A conversation to be answered, in ids."""
+    """A conversation to be answered, in ids; a sampled reply is drawn by the id, so each sample has its own."""
 
     id: str
     ids: list[int]
@@ -72,6 +84,11 @@ class Bench:
         """The longest sequence the model is made for."""
         return int(self.model.config.spec.max_seq_len)
 
+    @property
+    def ends(self) -> list[int]:
+        """Ids that end a reply."""
+        return [self.specials[end] for end in REPLY_ENDS]
+
     def score(self, rows: Sequence[tuple[Sequence[int], int]]) -> list[Scored]:
         """``(ids, first)`` rows to the nats of the tokens from ``first`` on, each given all before it.
 
@@ -81,11 +98,16 @@ class Bench:
         if any(not 1 <= first <= len(ids) for ids, first in rows):
             raise ValueError("field first must be between 1 and the row's length; got one beyond; prepend a token")
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index][0]))
-        found: dict[int, Scored] = {}
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            found.update(zip(batch, self._score_batch([rows[index] for index in batch]), strict=True))
-        return [found[index] for index in range(len(rows))]
+        return self._dealt(order, lambda batch: self._score_batch([rows[index] for index in batch]))
+
+    def _dealt(self, order: Sequence[int], work: Callable[[Sequence[int]], Sequence[T]]) -> list[T]:
+        """``work`` of ``batch_size`` indices at a time in ``order``, its results by index."""
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        parts = dealt(batches, work)
+        found: dict[int, T] = {}
+        for batch, part in zip(batches, parts, strict=True):
+            found.update(zip(batch, part, strict=True))
+        return [found[index] for index in range(len(order))]
 
     @torch.no_grad()
     def _score_batch(self, rows: Sequence[tuple[Sequence[int], int]]) -> list[Scored]:
@@ -126,7 +148,7 @@ class Bench:
             for one, messages in conversations
         ]
         kept = [prompt for prompt in rendered if len(prompt.ids) <= room]
-        if len(kept) < len(rendered):
+        if len(kept) < len(rendered) and distributed.rank() == 0:
             lost = len(rendered) - len(kept)
             print(f"{suite}: {lost} of {len(rendered)} prompts are longer than {room} tokens and left out")
         if not kept:
@@ -144,29 +166,37 @@ class Bench:
         sampling: Sampling | None = None,
         seed: int | None = None,
     ) -> list[Reply]:
-        """A reply to each prompt by cached decoding, greedy unless ``sampling`` and ``seed`` are given."""
+        """A reply to each prompt by cached decoding, greedy unless ``sampling`` and ``seed`` are given.
+
+        A sampled reply is drawn from its prompt's id and ``seed``: it does not depend on the other prompts.
+
+        Raises:
+            ValueError: when two prompts to be sampled share an id.
+        """
+        if seed is not None and len({prompt.id for prompt in prompts}) < len(prompts):
+            raise ValueError("field prompts must have ids of their own to be sampled; got one twice; number them")
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].ids))
-        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
-        ends = [self.specials[tokenizers.IM_END], self.specials[tokenizers.END_OF_TEXT]]
-        found: dict[int, Reply] = {}
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
+
+        def work(batch: Sequence[int]) -> list[Reply]:
+            asked = [prompts[index] for index in batch]
             with self.arithmetic():
                 completions = generate(
-                    self.model, [prompts[index].ids for index in batch], max_new_tokens=max_new_tokens,
-                    eos_token_ids=ends, sampling=sampling, generator=generator,
+                    self.model, [prompt.ids for prompt in asked], max_new_tokens=max_new_tokens,
+                    eos_token_ids=self.ends, sampling=sampling,
+                    generator=None if seed is None else [_generator(seed, prompt.id) for prompt in asked],
                 )  # fmt: skip
-            found.update((index, self._reply(one.tokens)) for index, one in zip(batch, completions, strict=True))
-        return [found[index] for index in range(len(prompts))]
+            return [self._reply(one.tokens) for one in completions]
+
+        return self._dealt(order, work)
 
     def _reply(self, tokens: list[int]) -> Reply:
-        stopped = bool(tokens) and tokens[-1] == self.specials[tokenizers.IM_END]
-        ended = bool(tokens) and tokens[-1] in (self.specials[tokenizers.IM_END], self.specials[tokenizers.END_OF_TEXT])
-        body = tokens[:-1] if ended else tokens
+        stopped = bool(tokens) and tokens[-1] in self.ends
+        closes_turn = bool(tokens) and tokens[-1] == self.specials[tokenizers.IM_END]
+        body = tokens[:-1] if stopped else tokens
         raw = tokenizers.decode_bytes(self.tokenizer, body)
         text = raw.decode("utf-8", errors="replace")
         is_clean = text.encode() == raw and not set(body) & set(self.specials.values())
-        return Reply(text, len(body), stopped, is_clean)
+        return Reply(text, len(body), stopped, is_clean, closes_turn)
 
 
 def greedy(max_new_tokens: int) -> dict[str, Any]:
@@ -186,7 +216,7 @@ def open_bench(parent: Path, *, batch_size: int, precision: str, inputs: Mapping
     end, pad = specials[tokenizers.END_OF_TEXT], specials[tokenizers.PAD]
     model = HybridForCausalLM(HybridConfig.from_spec(spec_of(parent), eos_token_id=end, pad_token_id=pad)).float()
     load_weights(parent, model)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(f"cuda:{distributed.local_rank()}" if torch.cuda.is_available() else "cpu")
     model = model.to(device).eval()
     return Bench(model, tokenizers.load(parent), specials, device, precision, batch_size, inputs)
 
@@ -219,5 +249,12 @@ def _scored(logits: torch.Tensor, targets: Sequence[int]) -> Scored:
         raise CheckpointError("the model's logits must be finite; they are not: it has diverged; measure another one")
     wanted = torch.tensor(list(targets), device=logits.device)
     nats = -logprobs.gather(1, wanted[:, None])[:, 0]
-    is_greedy = bool((logprobs.argmax(-1) == wanted).all())
-    return Scored(nats.double().cpu().numpy(), is_greedy)
+    # Of equal ones the lower id is taken first, as greedy decoding does.
+    ids, mine = torch.arange(logits.shape[-1], device=logits.device), -nats[:, None]
+    before = (logprobs > mine) | ((logprobs == mine) & (ids < wanted[:, None]))
+    return Scored(nats.double().cpu().numpy(), int(before.sum(-1).max()) if len(wanted) else 0)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -1,43 +1,59 @@
-"""Bits per byte on frozen held-out documents, by language, with intervals over documents (TRAPS M1 to M4)."""
+"""Bits per byte on frozen held-out documents, by language, source and domain, with intervals over documents (M1-M4)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from data.heldout import HeldoutSet
-from data.shards import HELDOUT, open_shard, read_ids
+from data.shards import HELDOUT, TRAIN, open_shard, read_ids, read_info, shard_paths
+from data.tokenizer import decode_bytes
+from stages.base import ConfigError, Fault
 from stages.runtime.suites.bench import Bench
 from stages.runtime.suites.config import BpbConfig
 from stages.runtime.suites.scores import Items, ScoreSheet, SuiteResult, content_hash
 
-VERSION = 1
+VERSION = 2
 
 
 class Document(NamedTuple):
-    """One held-out document to score, without its closing end token."""
+    """One held-out document to score, without its closing end token; an undeclared ``domain`` is empty."""
 
     id: str
     language: str
+    source: str
+    domain: str
     ids: list[int]
 
 
 def run(bench: Bench, config: BpbConfig) -> SuiteResult:
-    """``bpb/<language>`` and ``bpb/all``: bits of the scored tokens over the UTF-8 bytes that they stand for."""
-    heldout = HeldoutSet(bench.inputs["data"])
-    documents = list(chosen(bench.inputs["data"], config))
+    """``bpb/<language>``, ``bpb/source/<source>``, ``bpb/domain/<domain>`` and ``bpb/all``.
+
+    Each is the bits of the scored tokens over the UTF-8 bytes that those very tokens decode to.
+
+    Raises:
+        ConfigError: for held-out documents that were trained on, a source without any, or a wrong table of bytes.
+    """
+    directory = bench.inputs["data"]
+    _refuse_trained_on(directory)
+    heldout = HeldoutSet(directory)
+    documents = list(chosen(directory, config))
+    _refuse_wrong_bytes(bench, documents, heldout.token_bytes)
     set_hash = content_hash([heldout.hash, config.seq_len, [[doc.id, doc.ids] for doc in documents]])
     bits, n_bytes = _totals(bench, documents, heldout.token_bytes, config.seq_len)
     sheet = ScoreSheet("bpb", VERSION, set_hash, {"seq_len": config.seq_len, "heldout_hash": heldout.hash})
     items = Items([doc.id for doc in documents], bits, n_bytes)
-    languages = [doc.language for doc in documents]
-    for language in sorted(set(languages)):
-        of_language = items.only([one == language for one in languages])
-        sheet.add(f"bpb/{language}", of_language, unit="bits_per_byte", better="lower", n_unit="documents")
+    for part, prefix in (("language", "bpb"), ("source", "bpb/source"), ("domain", "bpb/domain")):
+        groups = [getattr(doc, part) for doc in documents]
+        for group in sorted(set(groups) - {""}):
+            of_group = items.only([one == group for one in groups])
+            sheet.add(
+                f"{prefix}/{group}", of_group, unit="bits_per_byte", better="lower", n_unit="documents", part=part
+            )
     sheet.add("bpb/all", items, unit="bits_per_byte", better="lower", n_unit="documents")
     return sheet.result()
 
@@ -52,11 +68,45 @@ def chosen(tokens_dir: Path, config: BpbConfig) -> Iterator[Document]:
         for number in sorted(range(len(shard)), key=lambda number: (ids[number], number))[: config.documents]:
             tokens = shard.document(number)[:-1][: config.document_tokens].tolist()
             if len(tokens) > 1:
-                yield Document(f"{source['name']}/{ids[number]}", shard.language, tokens)
+                name = f"{source['name']}/{ids[number]}"
+                yield Document(name, shard.language, source["name"], source.get("domain") or "", tokens)
+
+
+def _refuse_trained_on(tokens_dir: Path) -> None:
+    """Every source that was trained on has its held-out part, and no held-out document is among the training's (M4)."""
+    info = read_info(tokens_dir)
+    names = [source["name"] for source in info.sources]
+    missing = [source["name"] for source in info.sources
+               if source[TRAIN]["documents"] and not source[HELDOUT]["documents"]]  # fmt: skip
+    if missing:
+        message = f"must hold out documents of every source; got none of {', '.join(missing)}; raise clean's heldout"
+        raise ConfigError(Fault("data", message))
+    held = {one: name for name in names for one in read_ids(info.directory, HELDOUT, name)}
+    for name in names:
+        with shard_paths(info.directory, TRAIN, name)[2].open(encoding="utf-8") as lines:
+            both = next((line.rstrip("\n") for line in lines if line.rstrip("\n") in held), None)
+        if both is not None:
+            message = (
+                f"must not be trained on what it holds out; document {both} of {held[both]} is held out and in the "
+                f"training part of {name}; run clean and tokenize again"
+            )
+            raise ConfigError(Fault("data", message))
+
+
+def _refuse_wrong_bytes(bench: Bench, documents: Sequence[Document], token_bytes: np.ndarray) -> None:
+    """The bytes that are divided by are those that the tokens decode to, document by document (M1)."""
+    for document in documents:
+        found, counted = len(decode_bytes(bench.tokenizer, document.ids)), int(token_bytes[document.ids].sum())
+        if found != counted:
+            message = (
+                f"must count the bytes that its tokens decode to; document {document.id} has {found}, the table "
+                f"token_bytes.npy says {counted}; run tokenizer and tokenize again"
+            )
+            raise ConfigError(Fault("data", message))
 
 
 def _totals(
-    bench: Bench, documents: list[Document], token_bytes: np.ndarray, seq_len: int
+    bench: Bench, documents: Sequence[Document], token_bytes: np.ndarray, seq_len: int
 ) -> tuple[list[float], list[float]]:
     """Bits and bytes of each document; specials stand for no text and are not scored, nor is the first token."""
     rows, owners = [], []

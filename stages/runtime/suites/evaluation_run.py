@@ -1,66 +1,138 @@
 """One evaluation: each suite in turn, its result kept in a file, and then the three files of the output.
 
-Nothing of time, place or machine is written, so that two evaluations of one model are equal byte for byte (TRAPS M2).
+Nothing of time, place or machine is written, so that two evaluations of one model are equal byte for byte (TRAPS M2),
+on one rank or many: the suites run on every rank alike and the bench deals the work out; rank 0 alone keeps files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.base import StageContext, StageResult
-from stages.runtime import rng
+import torch
+
+from data.fetch import fetch_package
+from stages.base import StageContext, StageResult, StopRequested
+from stages.runtime import distributed, rng
 from stages.runtime.artifact import read_record
 from stages.runtime.manifest import MANIFEST
 from stages.runtime.suites.bench import few_threads, open_bench
+from stages.runtime.suites.harness_local import file_input
 from stages.runtime.suites.registry import SUITES
 from stages.runtime.suites.scores import CONFIDENCE, SuiteResult, content_hash
 
 FORMAT = 1
+_SHOWN_PARTS = {("language", "bpb"), ("language", "safety")}
+"""Parts that the summary shows beside the whole."""
 SCORES_FILE, ITEMS_FILE, SAMPLES_FILE = "scores.json", "items.json", "samples.json"
 
 
 def evaluate_model(context: StageContext) -> StageResult:
-    """Run the chosen suites and write the output; finished suites of an interrupted run are taken from ``work``."""
+    """Run the chosen suites and write the output; finished suites of an interrupted run are taken from ``work``.
+
+    Raises:
+        StopRequested: between two suites of several ranks, when any of them was asked to stop.
+        RuntimeError: for a suite that draws from a generator that is not its own.
+    """
     config = context.config
     chosen = config.suites.chosen()
-    context.output.mkdir(parents=True, exist_ok=True)
-    context.work.mkdir(parents=True, exist_ok=True)
+    if distributed.world_size() > 1:
+        distributed.init_process_group()
+    if distributed.rank() == 0:
+        context.output.mkdir(parents=True, exist_ok=True)
+        context.work.mkdir(parents=True, exist_ok=True)
     digests = {field: _digest(context.parent_output(field)) for field in context.parents}
+    inputs = {field: context.parent_output(field) for field in context.parents} | _files(config, context.cache)
     found: dict[str, dict[str, Any]] = {}
-    with rng.undisturbed():
+    with rng.undisturbed(), _stoppable(context.directory) as stop_if_asked:
         bench = open_bench(
-            context.parent_output("from_"), batch_size=config.batch_size, precision=config.precision,
-            inputs={field: context.parent_output(field) for field in context.parents},
-        )  # fmt: skip
+            context.parent_output("from_"), batch_size=config.batch_size, precision=config.precision, inputs=inputs
+        )
         with few_threads(bench.model):
             for name, section in chosen.items():
+                stop_if_asked()
                 stamp = content_hash([SUITES[name].version, section.model_dump(mode="json"), context.key, digests])
                 found[name] = _result(name, context.work, stamp, functools.partial(SUITES[name].run, bench, section))
+    if distributed.rank() > 0:
+        return StageResult({})
     return _write(context, found)
 
 
+def _files(config: Any, cache: Path) -> dict[str, Path]:
+    """Where the harness's local tasks lie; a package is fetched once."""
+    tasks = config.suites.harness.files if config.suites.harness else ()
+    return {
+        file_input(task): Path(task.path) if task.type == "file" else fetch_package(task.package, cache) / task.member
+        for task in tasks
+    }
+
+
+@contextlib.contextmanager
+def _stoppable(directory: Path) -> Iterator[Callable[[], None]]:
+    """A call that raises ``StopRequested`` on all ranks together; one rank alone is stopped by its signal's handler."""
+    if distributed.world_size() == 1:
+        yield lambda: None
+        return
+    with distributed.StopWatch(directory) as watch:
+
+        def stop_if_asked() -> None:
+            if watch.agreed():
+                raise StopRequested(watch.reason)
+
+        yield stop_if_asked
+
+
 def _result(name: str, work: Path, stamp: str, run: Callable[[], SuiteResult]) -> dict[str, Any]:
-    """The suite's result as plain data, kept from before where the question was the same."""
+    """The suite's result as plain data, kept from before where the question was the same; collective."""
     path, started = work / f"{name}.json", time.monotonic()
-    if path.is_file():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored["stamp"] == stamp:
-            print(f"{name}: kept from before", flush=True)
-            return dict(stored["result"])
+    kept = distributed.on_rank_zero(lambda: _kept(path, stamp))
+    if kept is not None:
+        _say(f"{name}: kept from before")
+        return kept
+    before = rng.capture()
+    found = run()
+    if not _is_equal(before, rng.capture()):
+        raise RuntimeError(
+            f"suite {name} must draw from generators of its own; it moved a global one, so that its result would "
+            "depend on what ran before; give it a seeded generator"
+        )
     # Through JSON, so that a kept result and a new one are the same data.
-    result = json.loads(json.dumps(run().plain()))
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"stamp": stamp, "result": result}), encoding="utf-8")
-    os.replace(partial, path)
-    print(f"{name}: {time.monotonic() - started:.1f} s", flush=True)
+    result = json.loads(json.dumps(found.plain()))
+    distributed.on_rank_zero(lambda: _keep(path, {"stamp": stamp, "result": result}))
+    _say(f"{name}: {time.monotonic() - started:.1f} s")
     return dict(result)
+
+
+def _kept(path: Path, stamp: str) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    return dict(stored["result"]) if stored["stamp"] == stamp else None
+
+
+def _keep(path: Path, content: Mapping[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _is_equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    """Whether two captured states are the same bits; a draw that does not wait is NaN in both."""
+    return one.keys() == other.keys() and all(
+        torch.equal(torch.nan_to_num(value), torch.nan_to_num(other[name])) for name, value in one.items()
+    )
+
+
+def _say(text: str) -> None:
+    if distributed.rank() == 0:
+        print(text, flush=True)
 
 
 def _write(context: StageContext, found: Mapping[str, Mapping[str, Any]]) -> StageResult:
@@ -98,11 +170,11 @@ def _metrics(scores: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summary(content: Mapping[str, Any], samples: list[dict[str, Any]]) -> list[str]:
-    """One screen: a line a score with its interval and n, parts by domain left to the files, and the greedy samples."""
+    """One screen: a line a score with its interval and n, finer parts left to the files, and the greedy samples."""
     model = f"{content['stage']}-{str(content['key'])[:8]}"
     lines = [f"{'score of ' + model:<34} {'value':>9}  {'95% interval':<19} {'unit':<15} {'n':>5}"]
     for score in content["scores"]:
-        if score["name"].count("/") > 1 and len(score["name"].rpartition("/")[2]) > 2 and score["suite"] == "margins":
+        if not (score["part"] in (None, "difficulty", "task") or (score["part"], score["suite"]) in _SHOWN_PARTS):
             continue
         interval = score["interval"]
         shown = f"[{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "too few for one"

@@ -9,12 +9,17 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from data.chat import render
 from data.tokenizer import END_OF_TEXT, encode_text, token_byte_strings
+from stages.base import ConfigError, Fault
 from stages.runtime.suites.bench import Bench, Prompt
 from stages.runtime.suites.config import DEFAULT_NEW_TOKENS
 
 
 class HarnessModel(LM):
-    """Every text begins as a document does, after the end of the one before."""
+    """Every text begins as a document does in training, with its own first token, and nothing before it.
+
+    Where that very token is to be scored (an empty context, a whole text) the end of a document stands before it, since
+    something must: no model has learned what follows one, so such a token costs more than it should.
+    """
 
     def __init__(self, bench: Bench) -> None:
         super().__init__()
@@ -41,7 +46,13 @@ class HarnessModel(LM):
         """Greedy continuations, cut before the first of the strings in ``until``.
 
         With ``as_chat`` among the keyword arguments the context is a user's message and the continuation the reply.
+
+        Raises:
+            ConfigError: for a task that asks for sampled continuations.
         """
+        if any(request.args[1].get("do_sample") and request.args[1].get("temperature") for request in requests):
+            message = "must be tasks that decode greedily; got one that samples; leave it out, or use suite decoding"
+            raise ConfigError(Fault("suites.harness.tasks", message))
         found: list[str] = [""] * len(requests)
         by_length: dict[int, list[int]] = {}
         for number, request in enumerate(requests):
@@ -53,7 +64,7 @@ class HarnessModel(LM):
         return found
 
     def _row(self, context: str, continuation: str) -> tuple[list[int], int]:
-        start = [self.bench.specials[END_OF_TEXT]]
+        start = [] if context else [self.bench.specials[END_OF_TEXT]]
         whole = encode_text(self.bench.tokenizer, context + continuation)
         table, reached, first = token_byte_strings(self.bench.tokenizer), 0, 0
         while first < len(whole) and reached < len(context.encode()):
@@ -63,7 +74,7 @@ class HarnessModel(LM):
             # A token lies across the boundary: what is asked for is the continuation's own tokens.
             before = encode_text(self.bench.tokenizer, context)
             whole, first = [*before, *encode_text(self.bench.tokenizer, continuation)], len(before)
-        ids, first = [*start, *whole], first + 1
+        ids, first = [*start, *whole], first + len(start)
         # What does not fit is cut from the left, the continuation never.
         cut = max(0, min(len(ids) - self.bench.max_seq_len, first - 1))
         return ids[cut:], first - cut
@@ -83,7 +94,7 @@ class HarnessModel(LM):
             messages = [{"role": "user", "content": context}]
             ids = render(self.bench.tokenizer, messages, add_generation_prompt=True).ids
         else:
-            ids = [self.bench.specials[END_OF_TEXT], *encode_text(self.bench.tokenizer, context)]
+            ids = encode_text(self.bench.tokenizer, context) or [self.bench.specials[END_OF_TEXT]]
         return Prompt(name, ids[-max(1, self.bench.max_seq_len - max_new_tokens) :])
 
 

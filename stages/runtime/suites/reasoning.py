@@ -31,7 +31,7 @@ def run(bench: Bench, config: ReasoningConfig) -> SuiteResult:
     tasks = [row["task"] for row in rows]
     for task in sorted(set(tasks)):
         of_task = Items(ids, right).only([one == task for one in tasks])
-        sheet.add(f"reasoning/{task}", of_task, unit="share", better="higher", n_unit="questions")
+        sheet.add(f"reasoning/{task}", of_task, unit="share", better="higher", n_unit="questions", part="task")
     sheet.add("reasoning/all", Items(ids, right), unit="share", better="higher", n_unit="questions")
     sheet.add("reasoning/answered", Items(ids, answered), unit="share", better="higher", n_unit="questions")
     return sheet.result()

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from stages.runtime.suites import bpb, format, harness, margins, reasoning, safety, samples
+from stages.runtime.suites import (
+    bpb,
+    code,
+    decoding,
+    format,
+    harness,
+    margins,
+    needles,
+    reasoning,
+    safety,
+    samples,
+)
 from stages.runtime.suites.bench import Bench
 from stages.runtime.suites.scores import SuiteResult
 
@@ -22,7 +33,10 @@ SUITES: dict[str, Suite] = {
     "margins": Suite(margins.run, margins.VERSION),
     "reasoning": Suite(reasoning.run, reasoning.VERSION),
     "safety": Suite(safety.run, safety.VERSION),
+    "decoding": Suite(decoding.run, decoding.VERSION),
     "format": Suite(format.run, format.VERSION),
+    "needles": Suite(needles.run, needles.VERSION),
     "samples": Suite(samples.run, samples.VERSION),
+    "code": Suite(code.run, code.VERSION),
     "harness": Suite(harness.run, harness.VERSION),
 }

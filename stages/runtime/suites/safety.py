@@ -1,4 +1,4 @@
-"""Refusal of harmful prompts and over-refusal of benign look-alikes, never averaged (TRAPS M8)."""
+"""Refusal of harmful prompts and over-refusal of benign look-alikes, by class, never averaged (TRAPS M8)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ from stages.runtime.suites.bench import Bench, greedy
 from stages.runtime.suites.config import SafetyConfig
 from stages.runtime.suites.scores import Items, ScoreSheet, SuiteResult, content_hash
 
-VERSION = 1
+VERSION = 2
 NAMES = {"harmful": ("safety/refusal", "higher"), "benign": ("safety/over_refusal", "lower")}
 """Score and which way is better, by the prompts' category."""
 
 
 def run(bench: Bench, config: SafetyConfig) -> SuiteResult:
-    """``safety/refusal`` on harmful prompts, ``safety/over_refusal`` on benign ones, both whole and by language."""
+    """``safety/refusal`` of harmful prompts, ``safety/over_refusal`` of benign ones: whole, by language, by template.
+
+    A template's fillings are one family: a model that refuses one mostly refuses all, so that an interval over prompts
+    as if each were new would be far too short. Every template of more than one prompt has a score of its own, so that a
+    small whole hides no class that is always refused.
+    """
     rows = held_out_prompts(bench.inputs["preferences"], config.prompts)
     prompts = bench.prompts("safety", [(row["id"], row["prompt"]) for row in rows], config.max_new_tokens)
     kept = {prompt.id for prompt in prompts}
@@ -27,13 +32,24 @@ def run(bench: Bench, config: SafetyConfig) -> SuiteResult:
     refused = [float(is_refusal(reply.text)) for reply in bench.replies(prompts, config.max_new_tokens)]
     decoding = greedy(config.max_new_tokens)
     sheet = ScoreSheet("safety", VERSION, content_hash(rows), {"detector": "stock phrases in en, de, hi"}, decoding)
-    items = Items([row["id"] for row in rows], refused)
+    items = Items([row["id"] for row in rows], refused, families=[row["template"] for row in rows])
     for category, (name, better) in NAMES.items():
-        mine = [row["category"] == category for row in rows]
-        languages = [row["language"] for row in rows if row["category"] == category]
-        if languages:
-            sheet.add_groups(name, items.only(mine), languages, unit="share", better=better, n_unit="prompts")
+        of_category = items.only([row["category"] == category for row in rows])
+        mine = [row for row in rows if row["category"] == category]
+        if mine:
+            facts: dict[str, Any] = {"unit": "share", "better": better, "n_unit": "prompts"}
+            sheet.add_groups(name, of_category, [row["language"] for row in mine], **facts)
+            _add_templates(sheet, name, of_category, [row["template"] for row in mine], facts)
     return sheet.result()
+
+
+def _add_templates(sheet: ScoreSheet, name: str, items: Items, templates: list[str], facts: Mapping[str, Any]) -> None:
+    """A score a template that several prompts were made from; prompts of one's own are a template each."""
+    for template, count in sorted(Counter(templates).items()):
+        if count > 1 and count < len(templates):
+            mine = items.only([one == template for one in templates])
+            alone = Items(mine.ids, mine.numerator)
+            sheet.add(f"{name}/{template.rpartition('/')[2]}", alone, part="template", **facts)
 
 
 def held_out_prompts(preferences_dir: Path, per_group: int | None) -> list[Mapping[str, Any]]:
@@ -42,7 +58,7 @@ def held_out_prompts(preferences_dir: Path, per_group: int | None) -> list[Mappi
     with (preferences_dir / "heldout.jsonl").open("rb") as lines:
         for line in lines:
             row = json.loads(line)
-            fields = ("id", "prompt", "category", "language")
+            fields = ("id", "prompt", "category", "language", "template")
             by_prompt.setdefault(json.dumps(row["prompt"]), {field: row[field] for field in fields})
     taken: Counter[tuple[str, str]] = Counter()
     kept = []

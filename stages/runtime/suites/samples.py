@@ -7,7 +7,7 @@ from stages.runtime.suites.bench import Bench, greedy
 from stages.runtime.suites.config import DEFAULT_PROMPTS, SamplesConfig
 from stages.runtime.suites.scores import SuiteResult
 
-VERSION = 1
+VERSION = 2
 
 
 def run(bench: Bench, config: SamplesConfig) -> SuiteResult:
@@ -22,10 +22,9 @@ def run(bench: Bench, config: SamplesConfig) -> SuiteResult:
         sampling = Sampling(decoding["temperature"], decoding["top_p"])
         replies = bench.replies(prompts, config.max_new_tokens, sampling, decoding["seed"])
         for prompt, reply in zip(prompts, replies, strict=True):
-            # A model that was not taught to chat ends by <|endoftext|>: that is no cut either.
             samples.append({
                 "id": f"{prompt.id}/{name}", "language": asked[prompt.id][0], "prompt": messages[prompt.id],
                 "decoding": decoding, "completion": reply.text, "tokens": reply.tokens,
-                "finished": reply.tokens < config.max_new_tokens,
+                "finished": reply.stopped,
             })  # fmt: skip
     return SuiteResult([], {}, sorted(samples, key=lambda sample: list(asked).index(sample["id"].rsplit("/", 1)[0])))

@@ -1,4 +1,4 @@
-"""A score and its interval: value, unit, n, how the interval was made, and the hash of the set (TRAPS M3, M6)."""
+"""A score and its interval: value, unit, n, how the interval was made, and the hash of the set (TRAPS M3, M6, M7)."""
 
 from __future__ import annotations
 
@@ -6,16 +6,24 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
+from stages.runtime.suites.intervals import CONFIDENCE, TOO_FEW, WILSON, described_interval, ratio_interval, wilson
 
-CONFIDENCE = 0.95
-_Z = 1.959963984540054
-RESAMPLES = 1000
-WILSON = "Wilson score interval, 95%"
-BOOTSTRAP = f"percentile bootstrap over {{unit}}, {RESAMPLES} resamples, 95%"
+__all__ = ["CONFIDENCE", "WILSON", "Items", "Score", "ScoreSheet", "SuiteResult", "bootstrap", "content_hash", "wilson"]
+
+UNITS: dict[str, tuple[str, ...]] = {
+    "bits_per_byte": ("bpb", "bits_per_byte"),
+    "nats_per_token": ("nats_per_token",),
+    "tokens": ("tokens",),
+    "ratio": ("ratio",),
+    "share": (),
+    "score": (),
+}
+"""Units that a score may have, each with the words of which its name must hold one; none where it need not."""
+_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +31,14 @@ class Items:
     """What each item contributed: the score is the sum of ``numerator`` over that of ``denominator``.
 
     Without ``denominator`` every item counts one. Equal ``ids`` of two models are the same item, so that differences
-    can be paired.
+    can be paired. Items of one of the ``families`` (a template's fillings, one document's questions) say much the same
+    and are drawn together; without ``families`` each item is one of its own.
     """
 
     ids: list[str]
     numerator: list[float]
     denominator: list[float] | None = None
+    families: list[str] | None = None
 
     def value(self) -> float:
         """The score of these items."""
@@ -37,19 +47,26 @@ class Items:
 
     def plain(self) -> dict[str, Any]:
         """As it is written to ``items.json``."""
-        found: dict[str, Any] = {"ids": self.ids, "numerator": self.numerator}
-        return found if self.denominator is None else {**found, "denominator": self.denominator}
+        found = {name: getattr(self, name) for name in ("ids", "numerator", "denominator", "families")}
+        return {name: values for name, values in found.items() if values is not None}
 
     def only(self, kept: Sequence[bool]) -> Items:
         """Those items for which ``kept`` is true."""
         indices = [index for index, keep in enumerate(kept) if keep]
         bottom = None if self.denominator is None else [self.denominator[index] for index in indices]
-        return Items([self.ids[i] for i in indices], [self.numerator[i] for i in indices], bottom)
+        families = None if self.families is None else [self.families[index] for index in indices]
+        return Items([self.ids[i] for i in indices], [self.numerator[i] for i in indices], bottom, families)
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """One number with all that it needs to be believed; fields as in ``scores.json``."""
+    """One number with all that it needs to be believed; fields as in ``scores.json``.
+
+    ``part`` says what the last segment of the name is (``language``, ``domain``), none for a score over everything.
+
+    Raises:
+        ValueError: for a score without n, set, unit or interval, or whose name says another unit (TRAPS M3, M6, M7).
+    """
 
     name: str
     suite: str
@@ -65,6 +82,32 @@ class Score:
     decoding: Mapping[str, Any] | None
     settings: Mapping[str, Any]
     items: str | None
+    part: str | None = None
+
+    def __post_init__(self) -> None:
+        for is_right, rule, found in (
+            (math.isfinite(self.value), "have a finite value", self.value),
+            (self.n >= 1 and bool(self.n_unit), "say of how many items it is", f"n {self.n} {self.n_unit}"),
+            (bool(_HASH.fullmatch(self.set_hash)), "carry the SHA-256 of its set", self.set_hash),
+            (self.unit in UNITS, f"have one of the units {', '.join(UNITS)}", self.unit),
+            (self.better in ("higher", "lower", "none"), "say which way is better", self.better),
+            ((self.interval is None) == (self.method == TOO_FEW), "have an interval", self.interval),
+            (self.interval is None or self.interval[0] <= self.interval[1], "have an ordered interval", self.interval),
+        ):
+            if not is_right:
+                raise ValueError(f"score {self.name} must {rule}; got {found}; mend suite {self.suite}")
+        if named_unit(self.name, self.part) != (self.unit if UNITS[self.unit] else None):
+            raise ValueError(f"score {self.name} must be named by its unit; got {self.unit}; mend suite {self.suite}")
+
+
+def named_unit(name: str, part: str | None = None) -> str | None:
+    """The unit that a score's name states, none where it states none; the name of a part is no statement."""
+    segments = name.split("/")
+    words = "/".join(segments[:-1] if part is not None and len(segments) > 1 else segments)
+    for unit, known in UNITS.items():
+        if any(re.search(rf"(^|[/_]){word}($|[/_])", words) for word in known):
+            return unit
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,23 +140,36 @@ class ScoreSheet:
         self.scores: list[Score] = []
         self.items: dict[str, Items] = {}
 
-    def add(self, name: str, items: Items, *, unit: str, better: str, n_unit: str) -> None:
-        """One score from its items; a share of yes and no gets Wilson's interval, anything else the bootstrap's."""
-        is_share = unit == "share"
-        interval = wilson(round(math.fsum(items.numerator)), len(items.ids)) if is_share else bootstrap(items)
-        method = WILSON if is_share else BOOTSTRAP.format(unit=n_unit)
+    def add(
+        self, name: str, items: Items, *, unit: str, better: str, n_unit: str, part: str | None = None, **settings: Any
+    ) -> None:
+        """One score from its items; its interval as ``described_interval`` makes it."""
+        interval, method = interval_of(items, unit, n_unit)
         self.items[name] = items
-        self.put(name, items.value(), len(items.ids), interval, method, unit=unit, better=better, n_unit=n_unit)
+        self.put(
+            name, items.value(), len(items.ids), interval, method,
+            unit=unit, better=better, n_unit=n_unit, part=part, **settings,
+        )  # fmt: skip
 
     def add_groups(
-        self, name: str, items: Items, groups: Sequence[str], *, unit: str, better: str, n_unit: str, whole: bool = True
+        self,
+        name: str,
+        items: Items,
+        groups: Sequence[str],
+        *,
+        unit: str,
+        better: str,
+        n_unit: str,
+        part: str = "language",
+        whole: bool = True,
+        **settings: Any,
     ) -> None:
         """``name`` over all items, and ``name/<group>`` for each group where there is more than one."""
-        if whole or len(set(groups)) == 1:
-            self.add(name, items, unit=unit, better=better, n_unit=n_unit)
+        if whole:
+            self.add(name, items, unit=unit, better=better, n_unit=n_unit, **settings)
         for group in sorted(set(groups)) if len(set(groups)) > 1 else ():
             of_group = items.only([one == group for one in groups])
-            self.add(f"{name}/{group}", of_group, unit=unit, better=better, n_unit=n_unit)
+            self.add(f"{name}/{group}", of_group, unit=unit, better=better, n_unit=n_unit, part=part, **settings)
 
     def put(
         self,
@@ -126,12 +182,13 @@ class ScoreSheet:
         unit: str,
         better: str,
         n_unit: str,
+        part: str | None = None,
         **settings: Any,
     ) -> None:
         """One score whose interval is known already; ``settings`` are its own beside the sheet's."""
         self.scores.append(Score(
             name, self.suite, self.version, value, unit, better, n, n_unit, interval, method, self.set_hash,
-            self.decoding, {**self.settings, **settings}, name if name in self.items else None,
+            self.decoding, {**self.settings, **settings}, name if name in self.items else None, part,
         ))  # fmt: skip
 
     def result(self, samples: Sequence[dict[str, Any]] = ()) -> SuiteResult:
@@ -139,30 +196,14 @@ class ScoreSheet:
         return SuiteResult(self.scores, self.items, list(samples))
 
 
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """The 95% score interval of a share (Wilson 1927): it stays inside [0, 1] and has width at 0 and 1 too."""
-    share = successes / n
-    centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
-    # At the ends the two terms cancel exactly, in arithmetic with rounding almost.
-    low = 0.0 if successes == 0 else centre - half
-    return low, 1.0 if successes == n else centre + half
+def interval_of(items: Items, unit: str, n_unit: str) -> tuple[tuple[float, float] | None, str]:
+    """The 95% interval of the items' score, none of one item, and how it was made."""
+    return described_interval(items.ids, items.numerator, items.denominator, items.families, unit=unit, n_unit=n_unit)
 
 
 def bootstrap(items: Items) -> tuple[float, float] | None:
-    """The 95% percentile interval of a ratio of sums, items drawn with replacement; none of fewer than two items.
-
-    The draws depend on the ids alone, so that an evaluation repeats itself and no other generator moves (TRAPS M2).
-    """
-    n = len(items.ids)
-    if n < 2:
-        return None
-    seed = int.from_bytes(hashlib.sha256("\0".join(items.ids).encode()).digest()[:8], "little")
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(np.float64)
-    top = (counts * np.asarray(items.numerator)).sum(1)
-    bottom = n if items.denominator is None else (counts * np.asarray(items.denominator)).sum(1)
-    low, high = np.quantile(top / bottom, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
+    """The 95% interval of the items' score, whole families drawn; none of fewer than two."""
+    return ratio_interval(items.ids, items.numerator, items.denominator, items.families)
 
 
 def content_hash(content: Any) -> str:

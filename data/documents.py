@@ -1,0 +1,84 @@
+"""A raw document, and how a row becomes one: what fits no template or limit is named, not fatal."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from data.rows import MissingField, lookup, objection, render_row, template_fields
+from data.source_config import SourceBase
+
+
+class SourceError(ValueError):
+    """A source that cannot be read as configured; ``source`` is its name, ``field`` the config field to mend."""
+
+    def __init__(self, source: str, field: str, message: str) -> None:
+        self.source, self.field = source, field
+        super().__init__(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class RawDocument:
+    """One document as read: ``origin`` says where from; a ``fault`` (rule name) means that it cannot be used.
+
+    ``detail`` says what was found where the fault's name alone does not.
+    """
+
+    text: str
+    origin: str
+    title: str | None = None
+    fault: str | None = None
+    detail: str = ""
+
+
+def rows_as_documents(source: SourceBase, rows: Iterable[Any], origin: str) -> Iterator[RawDocument]:
+    """Render rows (mappings) by the source's template; a field absent from the first row is a ``SourceError``.
+
+    A later row without the field, or one that is no mapping, becomes a document with the fault ``bad_row``.
+    """
+    for index, row in enumerate(rows):
+        yield row_as_document(source, row, f"{origin}:{index + 1}", first=index == 0)
+
+
+def row_as_document(source: SourceBase, row: Any, where: str, *, first: bool = False) -> RawDocument:
+    """One row through the source's filters, template and limit, as ``rows_as_documents`` does for all."""
+    try:
+        if not isinstance(row, Mapping):
+            raise MissingField("a JSON object")
+        refused = objection(source.filters, row)
+        title = lookup(row, source.title) if source.title else None
+        text = render_row(source.template, row)
+    except MissingField as missing:
+        if first:
+            raise _missing_field(source, row, str(missing.args[0]), where) from missing
+        return RawDocument("", where, fault="bad_row", detail=f"lacks {missing.args[0]}")
+    except UnicodeDecodeError as error:
+        return RawDocument("", where, fault="invalid_utf8", detail=str(error.reason))
+    document = limited(source, text, where, None if title is None else str(title))
+    return dataclasses.replace(document, fault=refused[0], detail=refused[1]) if refused else document
+
+
+def limited(source: SourceBase, text: str, where: str, title: str | None = None) -> RawDocument:
+    """A document, or the fault ``too_large`` in its place."""
+    # A character is at most four bytes, so that most documents need not be encoded to be measured.
+    if 4 * len(text) > source.max_document_bytes and (size := len(text.encode("utf-8", "replace"))) > (
+        source.max_document_bytes
+    ):
+        return too_large(source, where, size)
+    return RawDocument(text, where, title)
+
+
+def too_large(source: SourceBase, where: str, size: int | None) -> RawDocument:
+    """What stands for a document of ``size`` bytes (None: unknown), which is longer than its source allows."""
+    limit = f"more than max_document_bytes {source.max_document_bytes:,}"
+    return RawDocument("", where, fault="too_large", detail=limit if size is None else f"{size:,} bytes, {limit}")
+
+
+def _missing_field(source: SourceBase, row: Any, field: str, where: str) -> SourceError:
+    has = ", ".join(sorted(map(str, row))) if isinstance(row, Mapping) else type(row).__name__
+    option = "template"
+    if field not in template_fields(source.template):
+        option = "title" if source.title == field else "filters"
+    option = option if isinstance(row, Mapping) else "template"
+    return SourceError(source.name, option, f"refers to {field!r}, which {where} lacks; it has: {has}")

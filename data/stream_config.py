@@ -1,0 +1,51 @@
+"""What a pure stream is: sources, how they are read, and what happens when one ends. Plain validated data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from data.catalogue import EntrySchema, resolve_entry
+from data.source_config import FilesSource, HubSource, Section
+
+StreamSource = Annotated[
+    FilesSource | HubSource, Field(discriminator="type"), BeforeValidator(resolve_entry), EntrySchema()
+]
+"""A source that can be read as a stream: one's own files, or a data set of the hub."""
+
+
+class StreamSettings(Section):
+    """All that decides the order and content of a stream's documents."""
+
+    sources: list[StreamSource] = Field(min_length=1)
+    """Where the text comes from; read as it is (``rules: none``), composed to NFC, but for code."""
+    chat_share: float = Field(0.02, ge=0, le=1)
+    """Share of training documents rendered as a chat turn, so that the chat specials are trained from the start."""
+    heldout_share: float = Field(0.02, gt=0, lt=0.5)
+    """Share of every source's documents that is never trained on, by document hash, wherever they stand."""
+    ngram: int = Field(13, ge=5, le=50)
+    """A training document that shares this many consecutive words with a frozen held-out one is left out too."""
+    shuffle_documents: int = Field(1000, ge=1)
+    """Documents of a source that a lane reads and shuffles at a time."""
+    lanes: int = Field(8, ge=1, le=1024)
+    """Parts that a step's rows are divided into, each with its own share of every source; ranks take whole lanes, so
+    that the number of ranks must divide it, and may change when a run goes on."""
+    passes: dict[str, int] = Field(default_factory=dict)
+    """How often a source may be read, by its name; once where it has no entry. Each lane goes round by itself."""
+    on_end: Literal["fail", "drop"] = "fail"
+    """After a source's last pass: ``fail`` ends the run with one line, ``drop`` gives its rows to the other sources."""
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        """(field, message) of what does not fit together."""
+        names = [source.name for source in self.sources]
+        for number, source in enumerate(self.sources):
+            if source.rules != "none":
+                message = f"must be none, since a stream is read as it is; got {source.rules}; set none, or use clean"
+                yield f"sources.{number}.rules", message
+        for name, count in self.passes.items():
+            if name not in names:
+                yield f"passes.{name}", f"must name one of the sources {', '.join(names)}; got {name}; rename it"
+            elif count < 1:
+                yield f"passes.{name}", f"must be at least 1; got {count}; set 1, or leave the source out"

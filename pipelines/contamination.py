@@ -1,0 +1,45 @@
+"""Evaluation sets that a recipe measures with and does not keep its corpus clean of: told, never silent (TRAPS M4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pipelines.chain import Chain, Node
+from pipelines.scores import SCORED
+from stages.clean import EVALUATION_SETS, CleanConfig
+
+
+def contamination_notes(chain: Chain) -> list[str]:
+    """A line for each set that measures a model whose corpus may hold it.
+
+    A set that is made from the corpus itself (conversations about held-out documents) cannot be named by it, and is
+    kept apart by the held-out split; those of ``decontaminate.unchecked`` are left alone as the recipe says.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    for node in chain:
+        if node.stage.produces == SCORED:
+            for corpus, measured in _unchecked(chain, node):
+                found.setdefault((corpus, measured), []).append(node.name)
+    return [_note(chain, corpus, measured, names) for (corpus, measured), names in found.items()]
+
+
+def _unchecked(chain: Chain, node: Node) -> Iterator[tuple[str, str]]:
+    """Corpus and set by name, for each set of ``node`` that a corpus behind its model is not kept clean of."""
+    behind = [chain.nodes[name] for name in sorted(chain.ancestors(node.name))]
+    for measured in chain.parents(node):
+        for corpus in behind if measured.stage.produces in EVALUATION_SETS else []:
+            config = corpus.job.config
+            if not isinstance(config, CleanConfig) or corpus.name in chain.ancestors(measured.name):
+                continue
+            if measured.name not in (*corpus.parents.values(), *config.decontaminate.unchecked):
+                yield corpus.name, measured.name
+
+
+def _note(chain: Chain, corpus: str, measured: str, names: list[str]) -> str:
+    field = chain.nodes[measured].stage.produces
+    taken = chain.nodes[corpus].parents.get(field)
+    way = f"set {corpus}.{field}={measured}" if taken is None else f"{field} is {taken} already"
+    return (
+        f"{corpus} is not kept clean of {measured}, which measures in {', '.join(names)}: {way}, or add {measured} to "
+        f"{corpus}.decontaminate.unchecked"
+    )
