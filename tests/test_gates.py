@@ -346,9 +346,10 @@ def test_a_model_without_a_parent_cannot_be_held_against_it(tmp_path):
 
 
 def test_gated_evaluations_come_before_all_that_goes_on_from_their_model(tmp_path):
-    ungated = ["evaluate-grpo.gates=[]", "evaluate-dpo.gates=[]"]
+    gated = ["evaluate-grpo.gates=[{metric: bpb/de, max_regression: 0.01}]"]
+    ungated = ["evaluate-dpo.gates=[]"]
     plain = [node.name for node in build_chain(load_recipe(DEFAULT, ungated, REAL), tmp_path, REAL)]
-    chain = build_chain(load_recipe(DEFAULT, [], REAL), tmp_path, REAL)
+    chain = build_chain(load_recipe(DEFAULT, gated, REAL), tmp_path, REAL)
     order = [node.name for node in chain]
     assert sorted(order) == sorted(plain)
     assert plain.index("dpo") < plain.index("evaluate-grpo")
