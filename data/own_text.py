@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import itertools
 import json
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -80,7 +81,15 @@ def _joined(groups: dict[tuple[str, str, str], list[str]]) -> dict[tuple[str, st
 def _visible_files(directory: Path) -> Iterator[Path]:
     for path in sorted(directory.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
-        if path.is_file() and not hidden and _kind(path):
+        try:
+            # A link may lead to where this user cannot look.
+            is_text = path.is_file() and not hidden and _kind(path)
+        except OSError as error:
+            print(f"--data: {path} is left out: {error.strerror}", file=sys.stderr)
+            continue
+        if is_text and not os.access(path, os.R_OK):
+            print(f"--data: {path} is left out: not readable by this user", file=sys.stderr)
+        elif is_text:
             yield path
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pipelines.chain import Chain, Node
 from pipelines.scores import SCORED
 from stages.clean import EVALUATION_SETS, CleanConfig
+from stages.stream import StreamConfig
 
 
 def contamination_notes(chain: Chain) -> list[str]:
@@ -20,7 +21,44 @@ def contamination_notes(chain: Chain) -> list[str]:
         if node.stage.produces == SCORED:
             for corpus, measured in _unchecked(chain, node):
                 found.setdefault((corpus, measured), []).append(node.name)
-    return [_note(chain, corpus, measured, names) for (corpus, measured), names in found.items()]
+    notes = [_note(chain, corpus, measured, names) for (corpus, measured), names in found.items()]
+    return notes + _stream_notes(chain) + _harness_notes(chain)
+
+
+def _measured(chain: Chain) -> Iterator[Node]:
+    return (node for node in chain if node.stage.produces == SCORED)
+
+
+def _stream_notes(chain: Chain) -> list[str]:
+    """A stream is read as it comes: nobody has looked for the sets in it."""
+    found: dict[str, set[str]] = {}
+    for node in _measured(chain):
+        sets = {parent.name for parent in chain.parents(node) if parent.stage.produces in EVALUATION_SETS}
+        for name in chain.ancestors(node.name) if sets else ():
+            if isinstance(chain.nodes[name].job.config, StreamConfig):
+                found.setdefault(name, set()).update(sets)
+    return [
+        f"{name} reads its text as it comes, and is not kept clean of {', '.join(sorted(sets))}: scores on them may be "
+        "learnt by heart; clean the text first where they decide"
+        for name, sets in found.items()
+    ]
+
+
+def _harness_notes(chain: Chain) -> list[str]:
+    """Published tasks and files of questions are no stage's: looked for only where clean is given their files."""
+    found: dict[str, list[str]] = {}
+    for node in _measured(chain):
+        harness = getattr(getattr(node.job.config, "suites", None), "harness", None)
+        for task in [*harness.tasks, *(file.name for file in harness.files)] if harness else ():
+            found.setdefault(task, []).append(node.name)
+    by_stages: dict[tuple[str, ...], list[str]] = {}
+    for task, names in found.items():
+        by_stages.setdefault(tuple(names), []).append(task)
+    return [
+        f"no corpus is kept clean of {', '.join(tasks)}, which the harness measures in {', '.join(names)}, but by the "
+        "files that clean.decontaminate.files names"
+        for names, tasks in by_stages.items()
+    ]
 
 
 def _unchecked(chain: Chain, node: Node) -> Iterator[tuple[str, str]]:

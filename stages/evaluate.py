@@ -49,7 +49,7 @@ class Evaluate(Stage):
 
     kind: ClassVar[str] = "evaluate"
     Config: ClassVar[type[StageConfig]] = EvaluateConfig
-    code_version: ClassVar[int] = 7
+    code_version: ClassVar[int] = 8
     produces: ClassVar[str] = "scores"
     shared: ClassVar[bool] = True
     inputs: ClassVar[dict[str, Input]] = {

@@ -68,3 +68,21 @@ def test_what_the_recipe_says_of_it_moves_the_key_only_where_it_moves_the_corpus
         recipe = load_recipe(write_recipe(tmp_path, RECIPE), settings)
         keys.append(build_chain(recipe, tmp_path / "runs", STAGES).nodes["clean"].job.key)
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_stream_and_the_harness_own_sets_are_told_too(tmp_path):
+    source = "{name: b, type: hub, language: en, licence: none, rules: none, repository: o/n, revision: %s}" % (
+        "b" * 40
+    )
+    text = RECIPE.replace(
+        "  pretrain: {kind: pretrain, data: tokenize,",
+        f"  stream: {{kind: stream, tokenizer: tokenizer, sources: [{source}]}}\n"
+        "  pretrain: {kind: pretrain, data: stream,",
+    ).replace("format: {}}", "format: {}, harness: {local: [], tasks: [mmlu]}}")
+    recipe = load_recipe(write_recipe(tmp_path, text))
+    told = contamination_notes(build_chain(recipe, tmp_path / "runs", STAGES))
+    begins = (
+        "stream reads its text as it comes, and is not kept clean of messages, tasks",
+        "no corpus is kept clean of mmlu, which the harness measures in evaluate",
+    )
+    assert [sum(note.startswith(begin) for note in told) for begin in begins] == [1, 1]

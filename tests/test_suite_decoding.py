@@ -162,3 +162,28 @@ def test_facts_of_one_thing_are_one_family(bench):  # trap M6
     found = margins.run(bench, MarginsConfig())
     assert found.items["margins/accuracy"].families == [fact["family"] for fact in FACTS]
     assert dataclasses.asdict(found.scores[0])["n"] == 3
+
+
+def test_models_whose_replies_differ_in_length_are_compared_on_the_same_prompts(bench, monkeypatch):
+    config = DecodingConfig(prompts=None, samples=1, facts=None, max_new_tokens=8)
+    found = []
+    for texts in (["a b c d e f a b c d", "short"], ["no", "a b c d a b c d"]):
+        said = iter(texts * 100)
+        monkeypatch.setattr(
+            decoding, "_replies", lambda *rest, said=said: [[reply(next(said)), reply("x")] for _ in rest[1]]
+        )
+        found.append(decoding.run(bench, config))
+    one, other = (result.items["decoding/repetition_ratio_greedy"] for result in found)
+    assert one.ids == other.ids
+    assert one.counted().ids != other.counted().ids
+    (score,) = [score for score in found[0].scores if score.name == "decoding/repetition_ratio_greedy"]
+    # One of the seven runs of four words in the long reply stands there twice; the short one counts nothing.
+    assert score.value == pytest.approx(1 / 7)
+    assert score.n == len(one.counted().ids) < len(one.ids)
+
+
+def test_items_that_all_say_the_same_have_no_interval_of_no_width():  # trap M6
+    from stages.runtime.suites.intervals import ALL_ALIKE, described_interval
+
+    ids = [str(number) for number in range(9)]
+    assert described_interval(ids, [0.0] * 9, [3.0] * 9, None, unit="ratio", n_unit="prompts") == (None, ALL_ALIKE)

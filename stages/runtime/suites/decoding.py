@@ -20,7 +20,7 @@ from stages.runtime.suites.format import conversations
 from stages.runtime.suites.languages import KNOWN, MIN_LETTERS, is_in_language, letters
 from stages.runtime.suites.scores import Items, ScoreSheet, SuiteResult, content_hash
 
-VERSION = 1
+VERSION = 2
 NGRAM = 4
 """Words a run that must not come again: the seq-rep-4 of Welleck et al. 2020 (arXiv:1908.04319, section 6)."""
 Row = Mapping[str, Any]
@@ -77,27 +77,26 @@ def _put_repetition(sheet: ScoreSheet, how: str, rows: Sequence[Row], replies: S
     counts = [[repeated(reply.text) for reply in those] for those in replies]
     again = [float(sum(one[0] for one in those)) for those in counts]
     total = [float(sum(one[1] for one in those)) for those in counts]
-    having = [bool(count) for count in total]
-    if any(having):
-        items = Items([row["id"] for row in rows], again, total).only(having)
-        sheet.add(f"decoding/repetition_ratio_{how}", items, unit="ratio", better="lower", n_unit="prompts")
+    # Which replies are long enough depends on the model: every prompt stays, so that two models can be paired.
+    items = Items([row["id"] for row in rows], again, total)
+    sheet.add(f"decoding/repetition_ratio_{how}", items, unit="ratio", better="lower", n_unit="prompts")
 
 
 def _put_language(sheet: ScoreSheet, how: str, rows: Sequence[Row], replies: Sequence[Sequence[Reply]]) -> None:
     """Each reply with letters enough to tell counts one; replies to one prompt are a family."""
     told = [
-        (f"{row['id']}#{number}", float(is_in_language(reply.text, row["language"])), row)
+        (f"{row['id']}#{number}", row, letters(reply.text) >= MIN_LETTERS, is_in_language(reply.text, row["language"]))
         for row, those in zip(rows, replies, strict=True)
         for number, reply in enumerate(those)
-        if row["language"] in KNOWN and letters(reply.text) >= MIN_LETTERS
+        if row["language"] in KNOWN
     ]
-    if told:
-        families = [row["id"] for _, _, row in told] if how == "sampled" else None
-        items = Items([one for one, _, _ in told], [value for _, value, _ in told], families=families)
-        languages = [row["language"] for _, _, row in told]
-        sheet.add_groups(
-            f"decoding/language_{how}", items, languages, unit="share", better="higher", n_unit="replies"
-        )  # fmt: skip
+    families = [row["id"] for _, row, _, _ in told] if how == "sampled" else None
+    items = Items(
+        [one for one, _, _, _ in told], [float(can and is_so) for _, _, can, is_so in told],
+        [float(can) for _, _, can, _ in told], families,
+    )  # fmt: skip
+    languages = [row["language"] for _, row, _, _ in told]
+    sheet.add_groups(f"decoding/language_{how}", items, languages, unit="share", better="higher", n_unit="replies")
 
 
 def _facts(bench: Bench, config: DecodingConfig) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ RESAMPLES = 4000
 MIN_FAMILIES = 6
 """Fewest families with half-samples enough for 95%: 2 of the 2**6 - 1 values lie beyond the interval's ends."""
 TOO_FEW = "none: fewer than two to draw from"
+ALL_ALIKE = "none: every item says the same, which resampling cannot widen"
 WILSON = "Wilson score interval, 95%"
 FAMILY_WILSON = "Wilson score interval at the effective n of {families} families, 95%"
 HALF_SAMPLES = f"half-sample bootstrap over {{unit}}, {RESAMPLES} resamples, 95%"
@@ -158,6 +159,9 @@ def described_interval(
     interval = ratio_interval(ids, numerator, denominator, families)
     if interval is None:
         return None, TOO_FEW
+    if interval[0] == interval[1]:
+        # No width is no certainty: a handful of items without an event do not show that there is none.
+        return None, ALL_ALIKE
     if unit == "share":
         interval = max(interval[0], 0.0), min(interval[1], 1.0)
     if count < MIN_FAMILIES:

@@ -10,7 +10,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stages.runtime.suites.intervals import CONFIDENCE, TOO_FEW, WILSON, described_interval, ratio_interval, wilson
+from stages.runtime.suites.intervals import (
+    ALL_ALIKE,
+    CONFIDENCE,
+    TOO_FEW,
+    WILSON,
+    described_interval,
+    ratio_interval,
+    wilson,
+)
 
 __all__ = ["CONFIDENCE", "WILSON", "Items", "Score", "ScoreSheet", "SuiteResult", "bootstrap", "content_hash", "wilson"]
 
@@ -30,9 +38,10 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 class Items:
     """What each item contributed: the score is the sum of ``numerator`` over that of ``denominator``.
 
-    Without ``denominator`` every item counts one. Equal ``ids`` of two models are the same item, so that differences
-    can be paired. Items of one of the ``families`` (a template's fillings, one document's questions) say much the same
-    and are drawn together; without ``families`` each item is one of its own.
+    Without ``denominator`` every item counts one; an item of denominator 0 (a reply too short to be judged) counts
+    nothing, and stands among the others all the same. Equal ``ids`` of two models are the same item, so that
+    differences can be paired. Items of one of the ``families`` (a template's fillings, one document's questions) say
+    much the same and are drawn together; without ``families`` each item is one of its own.
     """
 
     ids: list[str]
@@ -49,6 +58,13 @@ class Items:
         """As it is written to ``items.json``."""
         found = {name: getattr(self, name) for name in ("ids", "numerator", "denominator", "families")}
         return {name: values for name, values in found.items() if values is not None}
+
+    def counted(self) -> Items:
+        """Those items that count something."""
+        if self.denominator is None:
+            return self
+        kept = self.only([bottom != 0 for bottom in self.denominator])
+        return dataclasses.replace(kept, denominator=None) if set(kept.denominator or ()) == {1.0} else kept
 
     def only(self, kept: Sequence[bool]) -> Items:
         """Those items for which ``kept`` is true."""
@@ -91,7 +107,7 @@ class Score:
             (bool(_HASH.fullmatch(self.set_hash)), "carry the SHA-256 of its set", self.set_hash),
             (self.unit in UNITS, f"have one of the units {', '.join(UNITS)}", self.unit),
             (self.better in ("higher", "lower", "none"), "say which way is better", self.better),
-            ((self.interval is None) == (self.method == TOO_FEW), "have an interval", self.interval),
+            ((self.interval is None) == (self.method in (TOO_FEW, ALL_ALIKE)), "have an interval", self.interval),
             (self.interval is None or self.interval[0] <= self.interval[1], "have an ordered interval", self.interval),
         ):
             if not is_right:
@@ -143,11 +159,14 @@ class ScoreSheet:
     def add(
         self, name: str, items: Items, *, unit: str, better: str, n_unit: str, part: str | None = None, **settings: Any
     ) -> None:
-        """One score from its items; its interval as ``described_interval`` makes it."""
-        interval, method = interval_of(items, unit, n_unit)
+        """One score from those items that count, none where none does; its interval by ``described_interval``."""
+        counted = items.counted()
+        if not counted.ids:
+            return
+        interval, method = interval_of(counted, unit, n_unit)
         self.items[name] = items
         self.put(
-            name, items.value(), len(items.ids), interval, method,
+            name, counted.value(), len(counted.ids), interval, method,
             unit=unit, better=better, n_unit=n_unit, part=part, **settings,
         )  # fmt: skip
 
