@@ -45,7 +45,8 @@ def run_all(
 ) -> int:
     """Run what is left to do of ``chosen``, in order, and return the exit code of the first that did not finish.
 
-    Evaluations that are done are judged first: a gate that is closed, and not among ``overrides``, stops all.
+    Evaluations that are done are judged first: a gate that is closed, and not among ``overrides``, stops all. One that
+    is compared with an evaluation still to be run is judged after it.
 
     ``argv_for`` gives the command that runs some stages, one after another; ``command_for`` the one for a single stage,
     for messages. ``finish`` is called last, however the stages ended, while signals are still handled.
@@ -57,7 +58,7 @@ def run_all(
     interrupts = Interrupts()
     with interrupts.handled():
         try:
-            left = _left(chosen)
+            left = _left(chain, chosen)
             if not all([settle(chain, node, overrides) for node in chosen if node not in left]):
                 return EXIT_FAILED
             return _run_left(chain, left, argv_for, interrupts, grace_s)
@@ -65,15 +66,20 @@ def run_all(
             finish()
 
 
-def _left(chosen: Sequence[Node]) -> list[Node]:
-    """The nodes that are not done; the others are told."""
-    left = []
+def _left(chain: Chain, chosen: Sequence[Node]) -> list[Node]:
+    """The nodes that are not done, and those whose gates are to be judged by one of them; the others are told."""
+    left: list[Node] = []
     for node in chosen:
-        if standing(node).done:
+        if standing(node).done and not {one.name for one in left} & set(_baselines(chain, node)):
             print(f"{node.name}: already done, {artifact.shown(node.job.directory)}", flush=True)
         else:
             left.append(node)
     return left
+
+
+def _baselines(chain: Chain, node: Node) -> Sequence[str]:
+    """The evaluations that the gates of ``node`` compare it with."""
+    return chain.first.get(node.name, ()) if gates_of(node.job.config) else ()
 
 
 def _run_left(chain: Chain, left: Sequence[Node], argv_for: Argv, interrupts: Interrupts, grace_s: float) -> int:
@@ -85,7 +91,7 @@ def _run_left(chain: Chain, left: Sequence[Node], argv_for: Argv, interrupts: In
             if said := busy(node.job.directory):
                 print(f"{node.name}: {said}", file=sys.stderr)
                 return EXIT_FAILED
-            print(f"{node.name}: {'; '.join(standing(node).reasons)}", flush=True)
+            print(f"{node.name}: {'; '.join(standing(node).reasons) or 'its gates are judged anew'}", flush=True)
             for note in extension_notes(node):
                 print(f"note: {note}", flush=True)
         code = run_child(nodes, argv_for(nodes), interrupts, grace_s)

@@ -172,6 +172,18 @@ def test_all_stops_at_a_closed_gate_stays_there_and_goes_on_when_it_is_overridde
     assert "started" not in capfd.readouterr().out.partition("ship: done")[2]
 
 
+def test_a_finished_gate_waits_for_the_evaluation_that_it_is_compared_with(home, capfd):
+    run_chain(chain_of(home), "judge-tuned")
+    assert all_of(home) == 1
+    said = capfd.readouterr().out
+    assert "judge-tuned: its gates are judged anew" in said
+    assert said.index("judge-base: never run") < said.index("judge-tuned: its gates are judged anew")
+    assert record(home, "judge-base")["state"] == "done"
+    assert record(home, "ship") is None
+    gates = json.loads(next((home / "runs" / "toy").glob("judge-tuned-*/gates.json")).read_text())
+    assert "cannot be judged" not in json.dumps(gates)
+
+
 def test_a_selection_without_the_gate_on_the_way_is_refused_before_anything_runs(home):
     chain = chain_of(home)
     chosen = [node for node in chain if node.name == "ship"]
