@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from paired_scores import score
 from report_chain import HOSTILE, RECIPE, STAGES, make_chain, run_chain
 
 from pipelines.compare import main
 from pipelines.comparison import beside, mismatches
 from pipelines.report_sections import _verdict
-from pipelines.scores import Items, Score, read_evaluation
+from pipelines.scores import Items, read_evaluation
 
 TESTS = Path(__file__).resolve().parent
 
@@ -41,16 +42,6 @@ def compare(home, capsys):
 def ratio(numerator, denominator=None):
     ids = [str(number) for number in range(len(numerator))]
     return Items(ids, list(numerator), list(denominator or [1.0] * len(ids)))
-
-
-def score(items, better="higher", **changes):
-    value = sum(items.numerator) / sum(items.denominator)
-    plain = {
-        "name": "s/x", "suite": "s", "value": value, "unit": "share", "better": better, "n": len(items.ids),
-        "n_unit": "items", "interval": None, "set_hash": "h", "suite_version": 1, "method": "", "decoding": None,
-        "settings": {}, "items": items,
-    }  # fmt: skip
-    return Score(**(plain | changes))
 
 
 @pytest.mark.parametrize("change", [{"decoding": {"max_new_tokens": 8}}, {"settings": {"seq_len": 64}}])

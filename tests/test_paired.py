@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from paired_scores import score
 
 from pipelines.paired import difference, in_order
-from pipelines.scores import Items, Score, read_evaluation
+from pipelines.scores import Items, read_evaluation
 from stages.base import ConfigError
 from stages.runtime.artifact import ArtifactError
 from stages.runtime.suites import intervals
@@ -23,16 +24,6 @@ from stages.runtime.suites.intervals import paired_interval, ratio_interval, sha
 def ratio(numerator, denominator=None, families=None):
     ids = [str(number) for number in range(len(numerator))]
     return Items(ids, list(map(float, numerator)), list(denominator or [1.0] * len(ids)), families)
-
-
-def score(items, better="higher", **changes):
-    value = sum(items.numerator) / sum(items.denominator)
-    plain = {
-        "name": "s/x", "suite": "s", "value": value, "unit": "share", "better": better, "n": len(items.ids),
-        "n_unit": "items", "interval": None, "set_hash": "h", "suite_version": 1, "method": "", "decoding": None,
-        "settings": {}, "items": items,
-    }  # fmt: skip
-    return Score(**(plain | changes))
 
 
 def verdict(left, right, families=None, better="higher"):

@@ -223,6 +223,13 @@ def test_a_missing_folder_and_a_pattern_without_files_are_one_line(tmp_path):
     assert caught.value.field == "include"
 
 
+def test_a_link_that_cannot_be_followed_is_left_out_of_ones_own_text(tmp_path):
+    (tmp_path / "notes.txt").write_text("A short note about the weather of last week.\n")
+    # No file has so long a name: looking fails, as it does where this user may not look.
+    (tmp_path / "link.txt").symlink_to("x" * 300)
+    assert [source["include"] for source in sources_from_directory(tmp_path)] == [["notes.txt"]]
+
+
 def test_a_directory_of_ones_own_text_becomes_sources_that_read_all_of_it(tmp_path):
     for number in (1, 2, 3):
         (tmp_path / f"en[{number}].txt").write_text(ENGLISH)

@@ -167,7 +167,7 @@ def test_facts_of_one_thing_are_one_family(bench):  # trap M6
 def test_models_whose_replies_differ_in_length_are_compared_on_the_same_prompts(bench, monkeypatch):
     config = DecodingConfig(prompts=None, samples=1, facts=None, max_new_tokens=8)
     found = []
-    for texts in (["a b c d e f a b c d", "short"], ["no", "a b c d a b c d"]):
+    for texts in (["one two three four five six one two three four", "short"], ["no", "one two three four one two"]):
         said = iter(texts * 100)
         monkeypatch.setattr(
             decoding, "_replies", lambda *rest, said=said: [[reply(next(said)), reply("x")] for _ in rest[1]]
@@ -180,6 +180,9 @@ def test_models_whose_replies_differ_in_length_are_compared_on_the_same_prompts(
     # One of the seven runs of four words in the long reply stands there twice; the short one counts nothing.
     assert score.value == pytest.approx(1 / 7)
     assert score.n == len(one.counted().ids) < len(one.ids)
+    one, other = (result.items["decoding/language_greedy"] for result in found)
+    assert one.ids == other.ids
+    assert set(one.denominator) == {0.0, 1.0}  # "short" has too few letters to tell its language
 
 
 def test_items_that_all_say_the_same_have_no_interval_of_no_width():  # trap M6
