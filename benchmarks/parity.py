@@ -2,15 +2,16 @@
 
     python benchmarks/parity.py --model runs/default/dpo-*/output --data runs/default/tokenize-*/output
 
-Every row is compared with our model in fp32 on the same held-out tokens. llama.cpp's exact row attends in fp32; the
-others run as anybody would run them, with attention in half precision.
+Every row is compared with our model in fp32 on the same held-out tokens; a speed is the median of several. llama.cpp's
+exact row attends in fp32; the others run as anybody would run them, with attention in half precision.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5, help="timings of each, of which the median counts")
     parser.add_argument("--result", type=Path, default=RESULTS / "parity.json")
     arguments = parser.parse_args(argv)
     settings = {name: value for name, value in vars(arguments).items() if isinstance(value, int)}
@@ -55,8 +57,13 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> list[dict[str, Any]
     length = len(prompt) + arguments.new_tokens
     rows: list[dict[str, Any]] = []
 
-    def add(name: str, size: int, logits: Iterable[Any], speed: Any) -> None:
-        rows.append(row(name, size, windows, reference, logits, speed))
+    def add(name: str, size: int, logits: Iterable[Any], speeds: list[Any]) -> None:
+        rows.append(row(name, size, windows, reference, logits, speeds))
+
+    def timed(speed: Callable[[Any, list[int], int], Any], runner: Any) -> list[Any]:
+        """Each time another beginning, so that no cache holds the prompt."""
+        prompts = [prompt[shift:] + prompt[:shift] for shift in range(arguments.repeats + 1)]
+        return [speed(runner, one, arguments.new_tokens) for one in prompts][1:]
 
     with quiet(), torch.no_grad():
         export_formats.write_huggingface(arguments.model, scratch / "huggingface")
@@ -69,23 +76,22 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> list[dict[str, Any]
             if directory == "huggingface":
                 reference.fill(logits)
             with threads(arguments.threads):
-                torch_speed(model, prompt, 2)
-                speed = torch_speed(model, prompt, arguments.new_tokens)
-            add(name, (scratch / directory / "model.safetensors").stat().st_size, logits, speed)
+                speeds = timed(torch_speed, model)
+            add(name, (scratch / directory / "model.safetensors").stat().st_size, logits, speeds)
         for precision in ("f32", "f16", "q8_0", "q4_0"):
             path = scratch / "gguf" / f"{precision}.gguf"
             export_formats.write_gguf_file(arguments.model, path, spec, precision, "benchmark")
             with open_gguf(path, threads=arguments.threads, context_tokens=length) as chat:
-                speed = gguf_speed(chat, prompt, arguments.new_tokens)
+                speeds = timed(gguf_speed, chat)
             for exact in (True, False) if precision == "f32" else (False,):
                 with LlamaCpp(path, context_tokens=arguments.window_tokens, threads=1, exact=exact) as other:
                     name = f"llama.cpp, {precision.upper()}{', exact attention' if exact else ''}"
-                    add(name, path.stat().st_size, map(other.logits, windows), None if exact else speed)
+                    add(name, path.stat().st_size, map(other.logits, windows), [] if exact else speeds)
     return rows
 
 
 def row(
-    name: str, size: int, windows: list[list[int]], reference: Any, logits: Iterable[Any], speed: Any
+    name: str, size: int, windows: list[list[int]], reference: Any, logits: Iterable[Any], speeds: list[Any]
 ) -> dict[str, Any]:
     from stages.runtime.parity import Parity
 
@@ -96,9 +102,10 @@ def row(
         "runtime": name,
         **parity.figures(),
         "file_bytes": size,
-        "time_to_first_token_s": None if speed is None else round(speed.time_to_first_token_s, 4),
-        "tokens_per_s": None if speed is None else round(speed.tokens_per_s, 2),
     }
+    for field, digits in (("time_to_first_token_s", 4), ("tokens_per_s", 2)):
+        each = [round(getattr(speed, field), digits) for speed in speeds]
+        found |= {field: statistics.median(each) if each else None, f"{field}_all": each}
     print(found, flush=True)
     return found
 
