@@ -4,9 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 RUN = $(VENV)/bin/python
+TRITON = triton==3.6.0
+KERNEL_TESTS = PYTHONPATH=$(abspath $(VENV))/kernels TRITON_INTERPRET=1 $(RUN) -m pytest -q -n 2 --dist load \
+	tests/test_ssd_triton.py tests/test_conv_triton.py tests/test_gated_norm_triton.py tests/test_mamba2_core.py tests/test_cast_triton.py
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-floor lint torture schema clean
+.PHONY: help env demo test test-kernels test-floor lint torture schema clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -19,8 +22,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt scripts/setup.sh
 demo: env  ## the default recipe's stages on real text; a second run finds them done
 	@$(RUN) pipelines/run.py --all $(ARGS)
 
-test: env lint  ## ruff, mypy and the tests (CPU, no network)
+test: env lint $(VENV)/kernels/.installed  ## ruff, mypy and the tests (CPU, no network)
 	@$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(KERNEL_TESTS)
+
+test-kernels: env $(VENV)/kernels/.installed  ## our Triton kernels alone, on the CPU by Triton's interpreter
+	@$(KERNEL_TESTS)
+
+# Triton in a place of its own: no other test, and no user of the environment, meets it.
+$(VENV)/kernels/.installed: Makefile | env
+	@rm -rf $(VENV)/kernels
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/kernels $(TRITON)
+	@touch $@
 
 lint: env  ## ruff and mypy alone
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

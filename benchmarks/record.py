@@ -30,8 +30,8 @@ def write_result(path: Path, rows: list[dict[str, Any]], settings: dict[str, Any
 
     content = {
         "benchmark": Path(sys.argv[0]).stem,
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_short, sys.argv[1:])]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": _command(),
+        "date": _today(),
         "git": git_state(ROOT),
         "hardware": hardware(),
         "versions": _versions(),
@@ -43,11 +43,32 @@ def write_result(path: Path, rows: list[dict[str, Any]], settings: dict[str, Any
     print(f"written to {path}")
 
 
+def provenance(commit: str | None = None) -> dict[str, Any]:
+    """What a row needs to be told from one of another day: hardware, versions, commit, date, command."""
+    from stages.runtime.artifact import git_state, hardware
+
+    return {
+        "hardware": hardware(),
+        "versions": _versions(),
+        "commit": commit or git_state(ROOT).get("commit"),
+        "date": _today(),
+        "command": _command(),
+    }
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """``rows`` as a Markdown table; the first one's keys are the columns."""
     columns = list(rows[0])
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     return "\n".join([*lines, *("| " + " | ".join(_cell(row.get(name)) for name in columns) + " |" for row in rows)])
+
+
+def _command() -> str:
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_short, sys.argv[1:])])
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 def _versions() -> dict[str, str]:

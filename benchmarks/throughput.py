@@ -5,7 +5,8 @@ where the time goes by kind of kernel; beside it transformers' GraniteMoeHybrid 
 
 A step is forward, backward, clipping and fused AdamW, with its one read of the gradient norm. Both sides take random
 tokens, fp32 parameters and bf16 autocast; the yardstick runs as the library ships it, so without compilation, and
-without the output gate that it lacks. MFU divides by the dense bf16 peak of the vendor's data sheet, in fp8 too.
+without the output gate that it lacks. MFU counts the hybrid's own FLOPs and divides by ``peak_flops``, the dense bf16
+peak of the vendor's data sheet, in fp8 too.
 """
 
 from __future__ import annotations
@@ -13,16 +14,22 @@ from __future__ import annotations
 import argparse
 import collections
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from record import RESULTS, table, write_result
+from record import RESULTS, provenance, table, write_result
 
 KERNEL_CLASSES = {
-    "state space": ("chunk_scan", "chunk_state", "state_passing", "bmm_chunk", "chunk_cumsum"),
-    "convolution": ("causal_conv1d",),
+    "state space": (
+        *("chunk_scan", "chunk_state", "state_passing", "bmm_chunk", "chunk_cumsum"),  # mamba-ssm's
+        *("prepare_kernel", "scan_kernel", "states_kernel", "between_kernel", "within_kernel"),  # ours
+        *("gather_heads_kernel", "steps_kernel", "steps_backward_kernel"),
+    ),
+    "convolution": ("causal_conv1d", "conv_silu_kernel", "conv_silu_backward_kernel"),
+    "gated norm": ("gated_norm_kernel", "gated_norm_backward_kernel"),
     "gated linear attention": ("gla", "chunk_fwd_kernel_h", "chunk_bwd_kernel_dh", "chunk_local_cumsum"),
     "attention": ("sdpa", "fmha", "flash", "attention"),
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "xmma", "scaled_mm"),
@@ -40,8 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=8, help="steps measured")
     parser.add_argument("--warm-up", type=int, default=3, help="steps before, compilation included")
-    parser.add_argument("--precision", choices=["bf16", "fp8"], default="bf16")
-    parser.add_argument("--residual", choices=["fp32", "bf16"], default="fp32", help="dtype of the residual stream")
+    parser.add_argument("--precision", choices=["bf16", "fp8", "fp8_torchao"], default="bf16")
+    parser.add_argument("--residual", choices=["fp32", "bf16"], default="fp32", help="a recipe's pretrain.residual")
+    parser.add_argument("--backend", action="append", default=[], metavar="MIXER=NAME", help="mamba2=mamba_ssm, say")
     parser.add_argument("--document-tokens", type=int, help="also step on packed documents of this mean length")
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--yardstick", action="store_true", help="measure transformers' model too")
@@ -55,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if shares:
         print(table(shares))
     settings = {name: value for name, value in vars(arguments).items() if not isinstance(value, Path)}
-    write_result(arguments.result, rows + shares, settings)
+    origin = provenance(arguments.commit)
+    write_result(arguments.result, [row | origin for row in rows] + shares, settings)
     return 0
 
 
@@ -100,12 +109,26 @@ def scopes(model: Any, arguments: argparse.Namespace) -> Iterator[tuple[str, int
 
     def step(batch: dict[str, Any]) -> None:
         engine.accumulate(batch, n_tokens)
-        engine.step(1e-4, lambda norm: None)
+        require_taken(engine.step(1e-4, refuse_nonfinite))
 
     yield "step", None, lambda: step(dense)
     if arguments.document_tokens and hasattr(model, "model"):
         packed = random_batch(arguments, model.config.vocab_size, arguments.document_tokens)
         yield "step", arguments.document_tokens, lambda: step(packed)
+
+
+def refuse_nonfinite(norm: float) -> str | None:
+    return None if math.isfinite(norm) else f"gradient norm {norm}"
+
+
+def require_taken(outcome: tuple[float, str | None]) -> None:
+    """A step that was left out costs no optimizer, and measures nothing.
+
+    Raises:
+        RuntimeError: for such a step.
+    """
+    if outcome[1] is not None:
+        raise RuntimeError(f"the step was left out: {outcome[1]}")
 
 
 def engine_of(model: Any, arguments: argparse.Namespace) -> Any:
@@ -134,29 +157,45 @@ def our_model(arguments: argparse.Namespace) -> tuple[str, Any]:
     from model.config import HybridConfig
     from model.lm import HybridForCausalLM, model_backends
     from model.presets import preset
+    from stages.runtime.pretraining_engine import prepare_model
 
-    spec = preset(arguments.preset)
+    spec = with_backends(preset(arguments.preset), arguments.backend)
     with torch.device("cuda"):
         model: Any = HybridForCausalLM(HybridConfig.from_spec(spec, **TOKEN_IDS)).train()
-    if arguments.residual == "bf16":
-        model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: output.bfloat16())
-    if arguments.precision == "fp8":
-        to_fp8(model.model)
+    prepare_model(model, recipe_fields(arguments))
+    if arguments.precision == "fp8_torchao":
+        to_torchao_fp8(model.model)
     if not arguments.eager:
         compile_parts(model)
     print("\n".join(model_backends(model)))
     return "pedigree", model
 
 
-def to_fp8(model: Any) -> None:
-    """torchao's dynamic tensorwise fp8 in every large projection; the head stays bf16."""
+def with_backends(spec: Any, chosen: Sequence[str]) -> Any:
+    """``spec`` with ``mixer=backend`` for each of ``chosen``."""
+    backends = dict(one.split("=", 1) for one in chosen)
+    fields = spec.model_dump()
+    for mixer in fields["mixers"].values():
+        mixer["backend"] = backends.get(mixer["mixer"], mixer["backend"])
+    return type(spec)(**fields)
+
+
+def recipe_fields(arguments: argparse.Namespace) -> argparse.Namespace:
+    """What of a recipe's pretrain stage decides how the model computes."""
+    precision = "bf16" if arguments.precision == "fp8_torchao" else arguments.precision
+    return argparse.Namespace(precision=precision, residual=arguments.residual, activation_checkpointing=False)
+
+
+def to_torchao_fp8(blocks: Any) -> None:
+    """torchao's dynamic tensorwise fp8 in the projections that ours takes."""
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    def is_large(module: Any, name: str) -> bool:
-        sizes = (module.in_features, module.out_features)
-        return min(sizes) >= 1024 and all(size % 16 == 0 for size in sizes)
+    from model.fp8 import takes
 
-    convert_to_float8_training(model, config=Float8LinearConfig(), module_filter_fn=is_large)
+    def is_large(module: Any, name: str) -> bool:
+        return takes(module.in_features, module.out_features)
+
+    convert_to_float8_training(blocks, config=Float8LinearConfig(), module_filter_fn=is_large)
 
 
 def yardstick_model(arguments: argparse.Namespace) -> tuple[str, Any]:
@@ -235,7 +274,9 @@ def row(arguments: argparse.Namespace, name: str, scope: str, step: Callable[[],
         "micro_batch_size": arguments.micro_batch_size,
         "seq_len": arguments.seq_len,
         "peak_bytes": torch.cuda.max_memory_allocated(),
+        "residual": arguments.residual if name == "pedigree" else "fp32",
         "mfu": round(flops / peak, 4) if peak and name == "pedigree" else None,
+        "peak_flops": peak,
         "warm_up_s": round(warm_up_s, 1),
     }
 

@@ -12,6 +12,8 @@ from data.source_config import NAME, Section
 
 EditedRules = Literal["web", "prose", "messages"]
 PersonalKind = Literal["email", "phone", "ip", "iban", "card"]
+EVALUATION_SETS = ("tasks", "facts", "preferences", "messages", "problems")
+"""What text can be kept clean of: inputs of a stage by what they produce."""
 PERSONAL: tuple[PersonalKind, ...] = ("email", "phone", "ip", "iban", "card")
 EDITED: tuple[EditedRules, ...] = ("web", "prose", "messages")
 
@@ -23,7 +25,7 @@ class FormConfig(Section):
     """Sources, by their rules, whose text is repaired where UTF-8 was once read in another encoding."""
     boilerplate: list[EditedRules] = Field(["web"])
     """Sources, by their rules, that lose lines of consent banners, menus and copyright footers."""
-    repeated_lines: int = Field(0, ge=0)
+    repeated_lines: int = Field(0, ge=0, le=1_000_000)
     """In the sources of ``boilerplate``, a line that stands in more documents of its source than this is removed
     too; 0 keeps all, and saves a pass."""
     personal: list[EditedRules] = Field(list(EDITED))
@@ -46,13 +48,13 @@ class QualityConfig(Section):
     the share ``target`` of the documents is kept; either on labels put aside for it."""
     target: float = Field(0.9, gt=0, lt=1)
     """The share that is aimed at."""
-    sample_characters: int = Field(4000, ge=100)
+    sample_characters: int = Field(4000, ge=100, le=10_000_000)
     """Only so much of a document's beginning is read."""
     hash_bits: int = Field(18, ge=10, le=24)
     """Words and pairs of words are hashed into 2 to the power of this many features."""
     epochs: int = Field(12, ge=1, le=200)
     """Passes over the labels."""
-    l2: float = Field(1e-6, ge=0)
+    l2: float = Field(1e-6, ge=0, le=1e6)
     """Weight of the quadratic penalty."""
 
 
@@ -72,7 +74,7 @@ class DecontaminateConfig(Section):
 
     ngram: int = Field(13, ge=5, le=50)
     """Consecutive words that a document must share with an item; case and signs do not count."""
-    min_words: int = Field(8, ge=3)
+    min_words: int = Field(8, ge=3, le=1000)
     """An item of fewer than ``ngram`` words, but at least these, must be there as a whole; shorter ones, which any
     text may hold by chance, are not looked for: the report counts them."""
     files: list[EvaluationFile] = Field([])
@@ -88,6 +90,8 @@ class DecontaminateConfig(Section):
         names = [file.name for file in self.files]
         if len(set(names)) < len(names):
             raise ValueError(f"must name each file differently; got {', '.join(names)}; rename one")
+        if taken := [name for name in names if name in EVALUATION_SETS]:
+            raise ValueError(f"must not name a file like a set of a stage; got {taken[0]}; rename it")
         return self
 
 
@@ -105,13 +109,13 @@ class SlurmExecutor(Section):
     """Through ``sbatch``, waiting for each step."""
     partition: str = Field(min_length=1)
     """Partition of the jobs."""
-    time_hours: int = Field(24, ge=1)
+    time_hours: int = Field(24, ge=1, le=100_000)
     """Limit of a job's time."""
-    mem_per_cpu_gb: int = Field(4, ge=1)
+    mem_per_cpu_gb: int = Field(4, ge=1, le=100_000)
     """Memory of a task, in GB; tasks are single processes."""
-    tasks_per_job: int = Field(1, ge=1)
+    tasks_per_job: int = Field(1, ge=1, le=1_000_000)
     """Shards that one job of an array works on in turn."""
-    max_array_size: int = Field(1001, ge=1)
+    max_array_size: int = Field(1001, ge=1, le=10_000_000)
     """Longest array that the cluster takes."""
     qos: str = ""
     """Quality of service; empty leaves it to the cluster."""
@@ -126,9 +130,9 @@ class RayExecutor(Section):
 
     kind: Literal["ray"]
     """Through Ray."""
-    memory_gb: float = Field(4, gt=0)
+    memory_gb: float = Field(4, gt=0, le=100_000)
     """Memory of a task, in GB."""
-    tasks_per_job: int = Field(1, ge=1)
+    tasks_per_job: int = Field(1, ge=1, le=1_000_000)
     """Shards that one Ray task works on at the same time."""
 
 

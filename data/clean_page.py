@@ -115,7 +115,8 @@ def _quality(facts: Mapping[str, Any]) -> str:
     curve = _table(
         [name.replace("_", " ") for name in columns], [[p[name] for name in columns] for p in facts["curve"]]
     )
-    return f"<p>threshold {facts['threshold']}; on labels that chose nothing: {escape(words)}</p>{curve}"
+    warning = f"<p><strong>Warning: {escape(facts['missed'])}</strong></p>" if facts["missed"] else ""
+    return f"{warning}<p>threshold {facts['threshold']}; on labels that chose nothing: {escape(words)}</p>{curve}"
 
 
 def _samples(samples: Sequence[Mapping[str, str]]) -> str:

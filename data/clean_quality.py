@@ -87,7 +87,8 @@ def train_quality(config: QualityConfig) -> tuple[QualityModel, dict[str, Any]]:
     parts = _split(read_labels(config))
     model = fit(config, parts["train"])
     model.threshold = _threshold(config, _scored(model, parts["threshold"]))
-    return model, _facts(model, parts)
+    facts = _facts(model, parts)
+    return model, {"aim": config.aim, "target": config.target, "missed": missed(config, facts["test"]), **facts}
 
 
 def read_labels(config: QualityConfig) -> Iterator[Labelled]:
@@ -211,6 +212,26 @@ def _facts(model: QualityModel, parts: dict[str, list[Labelled]]) -> dict[str, A
         },
         "curve": list(_curve(scored, sizes)),
     }
+
+
+def missed(config: QualityConfig, test: dict[str, Any]) -> str | None:
+    """One line where the labels that chose nothing do not bear out what the threshold was set for; None where they do.
+
+    A precision is missed when it lies below the target; a share to keep, when the target lies outside its interval.
+    """
+    name, n = ("precision", test["kept"]) if config.aim == "precision" else ("share kept", test["n"])
+    value = test["precision"] if config.aim == "precision" else round(test["kept"] / test["n"], 4)
+    if value is None:
+        return f"the classifier keeps none of {test['n']} labels that chose nothing; quality.target {config.target:g}"
+    low, high = test["precision_interval"] if config.aim == "precision" else wilson(test["kept"], n) or [0.0, 1.0]
+    is_chance = low <= config.target <= high
+    if value >= config.target if config.aim == "precision" else is_chance:
+        return None
+    chance = "which may be chance" if is_chance else "which is more than chance"
+    return (
+        f"the classifier misses quality.target {config.target:g}: {name} {value:g} on labels that chose nothing "
+        f"(n={n}, 95% interval {low:g} to {high:g}), {chance}; give it more labels, or another target"
+    )
 
 
 def wilson(hits: int, n: int) -> list[float] | None:

@@ -48,6 +48,10 @@ def row_as_document(source: SourceBase, row: Any, where: str, *, first: bool = F
             raise MissingField("a JSON object")
         refused = objection(source.filters, row)
         title = lookup(row, source.title) if source.title else None
+        if not refused and (wrong := _not_text(source.template, row)):
+            if first:
+                raise _wrong_type(source, wrong, where)
+            return RawDocument("", where, fault="bad_row", detail=wrong)
         text = render_row(source.template, row)
     except MissingField as missing:
         if first:
@@ -57,6 +61,25 @@ def row_as_document(source: SourceBase, row: Any, where: str, *, first: bool = F
         return RawDocument("", where, fault="invalid_utf8", detail=str(error.reason))
     document = limited(source, text, where, None if title is None else str(title))
     return dataclasses.replace(document, fault=refused[0], detail=refused[1]) if refused else document
+
+
+def _not_text(template: str, row: Mapping[str, Any]) -> str:
+    """What stands where a row's one field is to be the text and is none; empty where there is nothing to object to.
+
+    Beside other fields a number or a list is a part of the text, as options and scores are.
+    """
+    fields = template_fields(template)
+    if len(fields) != 1 or template != f"{{{fields[0]}}}":
+        return ""
+    value = lookup(row, fields[0])
+    if value is None or isinstance(value, str | bytes):
+        return ""
+    return f"{fields[0]} holds {type(value).__name__} {value!r:.40}, not text"
+
+
+def _wrong_type(source: SourceBase, wrong: str, where: str) -> SourceError:
+    message = f"must give text; got {source.template!r}, of which {where} says: {wrong}; name a field that holds text"
+    return SourceError(source.name, "template", message)
 
 
 def limited(source: SourceBase, text: str, where: str, title: str | None = None) -> RawDocument:

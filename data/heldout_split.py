@@ -102,6 +102,10 @@ class HeldoutIndex:
     def __len__(self) -> int:
         return len(self._index)
 
+    def overlaps(self, text: str) -> bool:
+        """Whether ``text`` shares a run of words with held-out text."""
+        return bool(len(self._index)) and self._runs.any_of(text, self._index)
+
     def shared(self, text: str) -> str:
         """The words that ``text`` shares with held-out text; empty where it shares none."""
         found = self._runs.shared(text, self._index)

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from datasets import DatasetBuilder, IterableDataset
 
 _REASON_CHARACTERS = 300
+_ASK_S = 20.0
+"""How long the hub may take to say that it has a data set."""
 
 
 class HubError(FetchError):
@@ -58,8 +60,25 @@ def hub_rows(
             yield row
             count += 1
     except Exception as error:  # a generator that is closed raises GeneratorExit, which is none
-        reason = f"{repository} at {revision[:12]} broke off after {count:,} rows: {_one_line(error)}; run it again"
-        raise HubError("repository", reason) from error
+        raise broken_off(repository, revision, count, error) from error
+
+
+def broken_off(repository: str, revision: str, rows: int, error: Exception) -> HubError:
+    """What is said of a stream that ``error`` ended after so many rows."""
+    reason = f"{repository} at {revision[:12]} broke off after {rows:,} rows: {_one_line(error)}; run it again"
+    return HubError("repository", reason)
+
+
+def check_reach(repository: str, revision: str) -> None:
+    """Ask the hub, without reading a row, whether it has the data set at this commit; a ``HubError`` where not."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info(repository, revision=revision, timeout=_ASK_S)
+    except Exception as error:  # as in hub_stream
+        field = "revision" if type(error).__name__ == "RevisionNotFoundError" else "repository"
+        message = f"must be within reach to be streamed; got {repository} at {revision[:12]}: {_one_line(error)}"
+        raise HubError(field, f"{message}; check the name, the network and HF_HUB_OFFLINE") from error
 
 
 def _open(repository: str, revision: str, subset: str | None, cache: Path | None) -> DatasetBuilder:

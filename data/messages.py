@@ -23,7 +23,7 @@ from typing import Any
 from data.heldout_split import choose_heldout
 from data.messages_config import MessagesHeldout, MessagesSource
 from data.messages_rules import RULES, Message, MessagesFault
-from data.messages_sources import Read, read_conversations
+from data.messages_sources import RESERVE, Read, read_conversations
 from data.source_config import HeldoutConfig
 
 SPLITS = ("train", "heldout")
@@ -33,7 +33,7 @@ INFO_FILE = "messages.json"
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """One kept row; rows of one ``question`` (its hash) share a side, ``side`` its split where that is given."""
+    """One kept row; rows of one ``question`` (its hash) share a side, ``side`` its split, or reserve, where given."""
 
     id: str
     question: str
@@ -47,6 +47,24 @@ class Conversation:
         """The row as it is written."""
         plain = {"id": self.id, "family": self.question, "messages": self.messages}
         return {**plain, "source": self.source, "language": self.language}
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSides:
+    """Questions of the tasks by the side on which they stand there, as ``question_id``."""
+
+    train: frozenset[str] = frozenset()
+    heldout: frozenset[str] = frozenset()
+
+    def placed(self, row: Conversation) -> Conversation:
+        """``row`` on the side of its question: whoever trains on tasks trains on nothing that is measured here."""
+        if row.question in self.train:
+            return dataclasses.replace(row, side="train")
+        side = "heldout" if row.question in self.heldout and row.side != RESERVE else row.side
+        return dataclasses.replace(row, side=side)
+
+
+NO_TASKS = TaskSides()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +109,15 @@ def question_id(messages: Iterable[Message]) -> str:
     return hashlib.sha256(" ".join(question.casefold().split()).encode()).hexdigest()[:32]
 
 
+def task_sides(tasks: Path) -> TaskSides:
+    """The questions of a ``tasks`` artifact's output."""
+    found = {}
+    for side in SPLITS:
+        with (tasks / f"{side}.jsonl").open("rb") as lines:
+            found[side] = frozenset(question_id(json.loads(line)["prompt"]) for line in lines)
+    return TaskSides(found["train"], found["heldout"])
+
+
 def gather(
     sources: Iterable[MessagesSource],
     cache: Path,
@@ -121,26 +148,48 @@ def gather(
 
 
 def split(
-    conversations: list[Conversation], config: MessagesHeldout
+    conversations: list[Conversation], config: MessagesHeldout, tasks: TaskSides = NO_TASKS
 ) -> tuple[dict[str, list[Conversation]], list[LeftOut]]:
-    """Rows by split, and training rows left out because a held-out one asks the same (TRAPS M4).
+    """Rows by split, and those left out: training rows that ask what a held-out one asks (TRAPS M4), reserves.
 
-    A row whose origin decides its side keeps it; of the others each source gives its questions with the lowest hashes.
+    A row whose origin decides its side keeps it, and a question of ``tasks`` stands where it stands there: GRPO trains
+    on all of their training side, ``reasoning`` asks all of the other. Of the rest each source gives its questions
+    with the lowest hashes.
     """
+    conversations = [tasks.placed(row) for row in conversations]
+    spare = _spare(conversations, config)
+    conversations = [row for row in conversations if row.id not in spare]
     questions: dict[str, set[str]] = {}
     for row in conversations:
         if row.side is None:
             questions.setdefault(row.source, set()).add(row.question)
     heldout = choose_heldout(questions, HeldoutConfig(share=config.share, min_documents=config.min_questions))
-    heldout |= {row.question for row in conversations if row.side == "heldout"}
+    heldout |= {row.question for row in conversations if row.side in ("heldout", RESERVE)}
     sides: dict[str, list[Conversation]] = {name: [] for name in SPLITS}
-    left_out = []
+    left_out = [LeftOut(row.source, row.origin, MessagesFault("beyond_heldout_share")) for row in spare.values()]
     for row in conversations:
         if row.question in heldout and row.side == "train":
             left_out.append(LeftOut(row.source, row.origin, MessagesFault("heldout_question")))
         else:
             sides["heldout" if row.question in heldout else "train"].append(row)
     return sides, left_out
+
+
+def _spare(conversations: Iterable[Conversation], config: MessagesHeldout) -> dict[str, Conversation]:
+    """Reserves, by id, beyond the share of their source that is held out; those with the lowest hashes are taken."""
+    reserves: dict[str, list[Conversation]] = {}
+    trained: Counter[str] = Counter()
+    for row in conversations:
+        if row.side == RESERVE:
+            reserves.setdefault(row.source, []).append(row)
+        trained[row.source] += row.side == "train"
+    spare = {}
+    for source, rows in reserves.items():
+        # So that they are this share of the source's rows on both sides.
+        wanted = round(trained[source] * config.share / (1 - config.share))
+        beyond = sorted(rows, key=lambda row: row.id)[max(config.min_questions, wanted) :]
+        spare.update({row.id: row for row in beyond})
+    return spare
 
 
 def write(
@@ -183,8 +232,9 @@ def _conversation(source: MessagesSource, read: Read, messages: list[Message]) -
 
 
 def _beyond(conversations: list[Conversation], max_rows: int | None) -> list[Conversation]:
-    """Those with the highest hashes beyond ``max_rows``."""
-    return [] if max_rows is None else sorted(conversations, key=lambda row: row.id)[max_rows:]
+    """Those with the highest hashes beyond ``max_rows``; reserves are thinned by the split."""
+    mine = [row for row in conversations if row.side != RESERVE]
+    return [] if max_rows is None else sorted(mine, key=lambda row: row.id)[max_rows:]
 
 
 def _described(

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from data.languages import LanguageOrCode
 from data.source_config import NAME, Package, Section, _stays_inside
 
 MessagesFormat = Literal["auto", "jsonl", "dialogues"]
@@ -16,11 +17,11 @@ class MessagesSourceBase(Section):
 
     name: str = Field(pattern=NAME)
     """Name of the source, written into every row."""
-    language: str = Field(pattern=r"^([a-z]{2,3}|code)$")
+    language: LanguageOrCode
     """ISO 639 code of the conversations (``en``, ``de``, ``hi``), or ``code``."""
     licence: str = Field(min_length=1)
     """Licence of the text, stated in ``messages.json``."""
-    max_rows: int | None = Field(None, ge=1)
+    max_rows: int | None = Field(None, ge=1, le=1_000_000_000)
     """Keep this many conversations, those with the lowest hashes; none keeps all."""
 
 
@@ -71,7 +72,7 @@ class HubMessages(MessagesSourceBase):
     """Split of the data set to read."""
     messages_field: str = "messages"
     """Field of a row that holds the list of messages."""
-    read_rows: int | None = Field(None, ge=1)
+    read_rows: int | None = Field(None, ge=1, le=1_000_000_000)
     """Stop after this many rows of the stream; none reads all."""
 
 
@@ -84,20 +85,20 @@ class CorpusMessages(MessagesSourceBase):
     """Name of the source within that corpus."""
     turns: Literal["summary", "language"] = "summary"
     """What is asked: ``summary``, to tell about a document's title; ``language``, which language a passage is in."""
-    max_answer_bytes: int = Field(300, ge=20)
+    max_answer_bytes: int = Field(300, ge=20, le=1_000_000)
     """``summary``: longest answer in UTF-8 bytes, as many whole sentences as fit, and a document whose first does not
     fit is dropped. ``language``: longest passage that is shown."""
-    passages: int = Field(1, ge=1)
+    passages: int = Field(1, ge=1, le=1_000_000)
     """``language``: passages taken of one document, at most; all of them stand on one side."""
     heldout_documents: Literal["corpus", "hash"] = "corpus"
     """Which are held out: ``corpus``, those that the corpus holds out; ``hash``, of the others a share too."""
 
 
 class TasksMessages(MessagesSourceBase):
-    """Demonstrations of tasks: training questions with their worked answers."""
+    """Demonstrations of tasks: questions with their worked answers, each on the side where the tasks have it."""
 
     type: Literal["tasks"]
-    """The training split of the stage that ``tasks`` names; its held-out questions are never read."""
+    """The stage that ``tasks`` names: its training questions are shown, of its held-out ones a share is held out."""
     tasks: list[str] | None = Field(None, min_length=1)
     """Names of the tasks to demonstrate; none takes all of the stage's."""
 
@@ -111,6 +112,7 @@ class MessagesHeldout(Section):
     """The held-out split: by hash of the question, so that equal questions never stand on both sides."""
 
     share: float = Field(0.05, gt=0, lt=0.5)
-    """Share of a source's questions that is held out."""
-    min_questions: int = Field(8, ge=1)
+    """Share of a source's questions that is held out; of ``tasks`` it is taken from their own held-out side, beside
+    ``max_rows`` training ones."""
+    min_questions: int = Field(8, ge=1, le=1_000_000_000)
     """At least this many a source (never more than half of it)."""

@@ -30,6 +30,7 @@ RULES = {
     "ends_without_assistant": "the last message must be the assistant's",
     "duplicate": "the conversation must differ from those before it",
     "heldout_question": "the first question must not be a held-out one's",
+    "beyond_heldout_share": "of the tasks' held-out questions only the split's share is shown",
     "beyond_max_rows": "only the source's max_rows conversations are kept",
     "no_title": "the document must have a title to be asked for",
     "unusable_document": "the document must give a question and an answer",

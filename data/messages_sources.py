@@ -36,6 +36,10 @@ _SENTENCE_END = re.compile(r"(?<=[.!?\u0964])\s+")
 _ABBREVIATION = re.compile(r"(?:^|[\s(\".])(?:\w|[A-Z]\w{1,2}|[a-z]\.\w|c|ca|vs|approx|born)\.$")
 
 
+RESERVE = "reserve"
+"""Side of rows that are never trained on, and of which only a share is held out."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Read:
     """One row as read: its conversation, or the fault that it has.
@@ -242,12 +246,14 @@ def _is_end(text: str) -> bool:
 
 def _read_tasks(source: TasksMessages, tasks: Path) -> Iterator[Read]:
     known: set[str] = set()
-    with (tasks / "train.jsonl").open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            row = json.loads(line)
-            known.add(row["task"])
-            if source.tasks is None or row["task"] in source.tasks:
-                yield _checked({"messages": demonstration(row)}, f"tasks/train.jsonl:{number}")
+    for side in ("train", "heldout"):
+        with (tasks / f"{side}.jsonl").open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                row = json.loads(line)
+                known.add(row["task"])
+                if source.tasks is None or row["task"] in source.tasks:
+                    read = _checked({"messages": demonstration(row)}, f"tasks/{side}.jsonl:{number}")
+                    yield dataclasses.replace(read, side="train" if side == "train" else RESERVE)
     unknown = sorted(set(source.tasks or ()) - known)
     if unknown:
         reason = f"must name tasks of the stage ({', '.join(sorted(known))}); got {', '.join(unknown)}"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import itertools
 import json
 import os
-import sys
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,42 +28,142 @@ TEXT_ENDINGS = {".txt", ".md", ".rst"}
 ROW_ENDINGS = {".jsonl", ".ndjson", ".parquet"}
 TEXT_FIELDS = ("text", "content", "document", "body")
 SAMPLE_BYTES = 20_000
+Group = tuple[str, str, str]
+"""Kind, language, and the field that holds the text."""
 SAMPLE_ROWS = 20
 # A text file larger than this is taken for a collection of documents between blank lines, not for one document.
 COLLECTION_BYTES = 200_000
 # A source must keep some documents on both sides of the held-out split; a stray file is no source of its own.
 MIN_FILES = 3
+MIN_DOCUMENTS = 3
+# A folder with more than this has enough of anything; less is read through to be counted.
+COUNTED_BYTES = 20_000_000
+NAMED = 8
+
+
+class _NoTextError(ValueError):
+    """A file that holds nothing to read; the argument says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnText:
+    """What a folder holds: the ``sources`` to read it, and what was found there."""
+
+    sources: list[dict[str, Any]]
+    """Configs of ``files`` sources."""
+    files: dict[str, int]
+    """Files taken, by source."""
+    left_out: dict[str, str]
+    """Why a file was left out, by its path in the folder."""
+    text_bytes: int
+    """Bytes of the files taken, decompressed where they were counted."""
+    documents: dict[str, int] | None
+    """Documents by source, before any rule; None in a folder that is too large to be counted beforehand."""
+
+    def lines(self, directory: Path) -> list[str]:
+        """What is taken, and what is left out and why, for a person."""
+        count = sum(self.files.values())
+        about = "" if self.documents is None else f", {sum(self.documents.values()):,} documents"
+        parts = ", ".join(f"{name} {number} file{'s' * (number != 1)}" for name, number in self.files.items())
+        lines = [f"{directory}: {count} file{'s' * (count != 1)}, {self.text_bytes:,} bytes{about}: {parts}"]
+        named = [f"{file} ({why})" for file, why in list(self.left_out.items())[:NAMED]]
+        more = len(self.left_out) - len(named)
+        named += [f"and {more} more"] if more else []
+        return lines + ([f"left out: {', '.join(named)}"] if named else [])
 
 
 def sources_from_directory(directory: Path) -> list[dict[str, Any]]:
+    """The sources of ``read_directory``."""
+    return read_directory(directory).sources
+
+
+def read_directory(directory: Path) -> OwnText:
     """Configs of ``files`` sources that read all text under ``directory``, grouped by language and way of reading.
 
     ``.txt``, ``.md`` and ``.rst`` are prose (a large file is split at blank lines), ``.jsonl``, ``.ndjson`` and
     ``.parquet`` hold a document a row in the field ``text``, ``content``, ``document`` or ``body``; program files are
     code. The language is told from each file's beginning; a few texts in another language join the largest group.
-    Each may be compressed (``.gz``, ``.zst``, ``.xz``, ``.bz2``). Hidden files and files that are not UTF-8 are left
-    out, the latter with a line that names them. Raises ``SourceError`` when nothing is left, or a file is damaged.
+    Each may be compressed (``.gz``, ``.zst``, ``.xz``, ``.bz2``). Hidden files are passed over; files that are empty,
+    not UTF-8, not readable, of no kind that is read, or too few to be a source are left out by name. Raises
+    ``SourceError`` when nothing is left, or a file is damaged.
     """
     directory = Path(directory).resolve()
     if not directory.is_dir():
-        raise SourceError("data", "path", f"--data must be a folder; got {directory}")
-    groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
-    for path in _visible_files(directory):
+        raise SourceError("data", "path", f"must be a folder; got {directory}")
+    left_out: dict[str, str] = {}
+    groups: dict[Group, list[str]] = defaultdict(list)
+    for path in _visible_files(directory, left_out):
+        name = path.relative_to(directory).as_posix()
         try:
-            groups[_describe(path)].append(path.relative_to(directory).as_posix())
+            groups[_describe(path)].append(name)
+        except _NoTextError as error:
+            left_out[name] = str(error)
         except UnicodeDecodeError as error:
-            print(f"--data: {path} is left out: not UTF-8 (byte {error.object[error.start]:#x})", file=sys.stderr)
+            left_out[name] = f"not UTF-8: byte {error.object[error.start]:#x}"
         except UnreadableFile as error:
-            raise SourceError(
-                "data", "path", f"--data: {path} is damaged ({error}); fetch it again or move it"
-            ) from error
-    if not groups:
-        endings = " ".join(sorted(TEXT_ENDINGS | ROW_ENDINGS | CODE_ENDINGS))
-        raise SourceError("data", "path", f"--data {directory} holds no text; files that are read: {endings}")
-    return [_source(directory, group, files) for group, files in sorted(_joined(groups).items())]
+            raise SourceError("data", "path", f"{path} is damaged ({error}); fetch it again or move it") from error
+    joined = _joined(groups)
+    counted = _counted(directory, joined, left_out)
+    kept = {group: files for group, files in sorted(joined.items()) if counted is None or group in counted}
+    if not kept:
+        raise SourceError("data", "path", _nothing(directory, left_out))
+    sources = {group: _source(directory, group, files) for group, files in kept.items()}
+    named = dict(sorted(left_out.items()))
+    files = {sources[group]["name"]: len(files) for group, files in kept.items()}
+    if counted is None:
+        return OwnText(list(sources.values()), files, named, _bytes_of(directory, kept), None)
+    documents = {sources[group]["name"]: counted[group][0] for group in kept}
+    return OwnText(list(sources.values()), files, named, sum(counted[group][1] for group in kept), documents)
 
 
-def _joined(groups: dict[tuple[str, str, str], list[str]]) -> dict[tuple[str, str, str], list[str]]:
+def _nothing(directory: Path, left_out: dict[str, str]) -> str:
+    endings = " ".join(sorted(TEXT_ENDINGS | ROW_ENDINGS | CODE_ENDINGS))
+    named = ", ".join(f"{file} ({why})" for file, why in list(left_out.items())[:NAMED])
+    seen = f"; left out: {named}" if named else ""
+    return f"{directory} holds no text{seen}; files that are read: {endings}"
+
+
+def _bytes_of(directory: Path, groups: dict[Group, list[str]]) -> int:
+    return sum((directory / file).stat().st_size for files in groups.values() for file in files)
+
+
+def _counted(
+    directory: Path, groups: dict[Group, list[str]], left_out: dict[str, str]
+) -> dict[Group, tuple[int, int]] | None:
+    """Documents and bytes of the groups that are enough for a source; the files of others are left out.
+
+    None for a folder that is too large to be read through.
+    """
+    if _bytes_of(directory, groups) > COUNTED_BYTES:
+        return None
+    kept = {}
+    for group, files in groups.items():
+        found = [_count(directory / file, group[0]) for file in files]
+        documents = sum(number for number, _ in found)
+        if documents < MIN_DOCUMENTS:
+            why = f"{documents} document{'s' * (documents != 1)} of its kind, a source needs {MIN_DOCUMENTS}"
+            left_out.update(dict.fromkeys(files, why))
+        else:
+            kept[group] = (documents, sum(size for _, size in found))
+    return kept
+
+
+def _count(path: Path, kind: str) -> tuple[int, int]:
+    """Documents and bytes of one file."""
+    if kind == "rows" and path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        with parquet.ParquetFile(path) as file:
+            return file.metadata.num_rows, path.stat().st_size
+    if kind == "rows":
+        sizes = [line.size for line in bounded_lines(path, MAX_ROW_BYTES) if line.size > 1]
+        return len(sizes), sum(sizes)
+    content = b"".join(read_chunks(path))
+    pieces = re.split(rb"\n\s*\n", content) if kind == "collection" else [content]
+    return sum(bool(piece.strip()) for piece in pieces), len(content)
+
+
+def _joined(groups: dict[Group, list[str]]) -> dict[Group, list[str]]:
     """Groups of one-document files that are too small to be a source join the largest; a lone small one is split."""
     texts = {group: files for group, files in groups.items() if group[0] == "text"}
     if not texts:
@@ -78,18 +179,29 @@ def _joined(groups: dict[tuple[str, str, str], list[str]]) -> dict[tuple[str, st
     return {group: sorted(files) for group, files in joined.items()}
 
 
-def _visible_files(directory: Path) -> Iterator[Path]:
+def _visible_files(directory: Path, left_out: dict[str, str]) -> Iterator[Path]:
+    """The files that may hold text; the others, hidden ones aside, are added to ``left_out``."""
     for path in sorted(directory.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
+        inside = path.relative_to(directory)
+        if any(part.startswith(".") for part in inside.parts):
+            continue
         try:
             # A link may lead to where this user cannot look.
-            is_text = path.is_file() and not hidden and _kind(path)
+            is_file = path.is_file()
+            size = path.stat().st_size if is_file else 0
+            kind = _kind(path) if is_file else None
         except OSError as error:
-            print(f"--data: {path} is left out: {error.strerror}", file=sys.stderr)
+            left_out[inside.as_posix()] = error.strerror or str(error)
             continue
-        if is_text and not os.access(path, os.R_OK):
-            print(f"--data: {path} is left out: not readable by this user", file=sys.stderr)
-        elif is_text:
+        if not is_file:
+            continue
+        if kind is None:
+            left_out[inside.as_posix()] = "not of a kind that is read"
+        elif not os.access(path, os.R_OK):
+            left_out[inside.as_posix()] = "not readable by this user"
+        elif not size and plain_suffix(path) == path.suffix != ".parquet":
+            left_out[inside.as_posix()] = "empty"
+        else:
             yield path
 
 
@@ -102,24 +214,41 @@ def _kind(path: Path) -> str | None:
     return "rows" if ending in ROW_ENDINGS else None
 
 
-def _describe(path: Path) -> tuple[str, str, str]:
-    """(kind, language, field that holds the text) of one file; raises ``UnicodeDecodeError`` and ``UnreadableFile``."""
+def _describe(path: Path) -> Group:
+    """Kind, language and field that holds the text of one file.
+
+    Raises ``_NoTextError``, ``UnicodeDecodeError`` and ``UnreadableFile``.
+    """
     if damage := damage_at_a_glance(path):
         raise UnreadableFile(damage)
     kind = _kind(path) or "text"
-    if kind == "code":
-        return kind, "code", ""
     if kind == "rows":
-        rows = _first_rows(path)
-        field = next((name for name in TEXT_FIELDS if rows and name in rows[0]), "text")
-        return kind, detect_language(" ".join(str(row.get(field, "")) for row in rows)), field
+        return kind, *_row_language_and_field(_first_rows(path))
     sample = next(read_chunks(path, SAMPLE_BYTES), b"")
     # The sample may end within a character: that is not the file's fault.
-    return kind, detect_language(codecs.getincrementaldecoder("utf-8")().decode(sample)), ""
+    text = codecs.getincrementaldecoder("utf-8")().decode(sample)
+    if "\0" in text:
+        raise _NoTextError("not text: it holds zero bytes")
+    if not text.strip():
+        raise _NoTextError("holds nothing but blanks")
+    return (kind, "code", "") if kind == "code" else (kind, detect_language(text), "")
+
+
+def _row_language_and_field(rows: list[dict[str, Any]]) -> tuple[str, str]:
+    if not rows:
+        raise _NoTextError("holds no rows")
+    field = next((name for name in TEXT_FIELDS if name in rows[0]), None)
+    if field is None:
+        has = ", ".join(map(str, list(rows[0])[:NAMED])) or "none"
+        raise _NoTextError(f"no field {', '.join(TEXT_FIELDS)}; its fields: {has}")
+    text = " ".join(str(row.get(field) or "") for row in rows)
+    if not text.strip():
+        raise _NoTextError(f"nothing in the field {field}")
+    return detect_language(text), field
 
 
 def _first_rows(path: Path) -> list[dict[str, Any]]:
-    """The first readable rows; empty when there are none, which the stage then reports."""
+    """The first readable rows; empty when there are none."""
     if path.suffix == ".parquet":
         from pyarrow import parquet
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from data import languages
 from data.source_config import NAME, Package, Section
 
 Language = Literal["en", "de", "hi"]
@@ -21,7 +22,7 @@ class TemplateSource(Section):
     """Name of the source."""
     languages: list[Language] = Field(["en", "de", "hi"], min_length=1)
     """Languages whose templates are written out."""
-    max_per_template: int | None = Field(None, ge=1)
+    max_per_template: int | None = Field(None, ge=1, le=1_000_000_000)
     """At most this many of a template's fillings a language; none takes all."""
 
     @property
@@ -37,7 +38,7 @@ class RowSource(Section):
     """Name of the source."""
     licence: str = Field(min_length=1)
     """Licence of the text, stated in the artifact."""
-    language: str = Field(pattern=r"^[a-z]{2,3}$")
+    language: languages.Language
     """ISO 639 code of the rows; a row's own field ``language`` comes first."""
     category: Category = "general"
     """Kind of the rows (``harmful``: refusing is chosen; ``benign``: helping); a row's own ``category`` comes first."""
@@ -47,7 +48,7 @@ class RowSource(Section):
     """Field with the better answer; none, with ``rejected`` none, takes our stock refusal (harmful prompts only)."""
     rejected: str | None = "rejected"
     """Field with the worse answer; none takes our stock compliance."""
-    max_rows: int | None = Field(None, ge=1)
+    max_rows: int | None = Field(None, ge=1, le=1_000_000_000)
     """Read at most this many rows; none reads all."""
     max_faulty_share: float = Field(0.0, ge=0, lt=1)
     """Share of rows that may be faulty and are then left out and counted; more refuses the source, faults listed."""

@@ -23,6 +23,8 @@ PROBLEMS_FILE, INFO_FILE = "problems.jsonl", "problems.json"
 EMPTY_BODY = "    pass\n"
 """What stands for the body where nothing was written."""
 MAX_ROW_BYTES = 1 << 20
+SHOWN_FAULTS = 10
+"""Faults of a file that are told one by one."""
 _FIELDS = ("id", "source", "form", "prompt", "question", "entry_point", "tests", "solution")
 _REQUIRED = {
     "humaneval": ("task_id", "prompt", "entry_point", "canonical_solution", "test"),
@@ -41,7 +43,8 @@ def read_problems_file(path: Path, source: str, form: str, limit: int | None = N
     """Rows of ``path`` as problems of the source of that name; ``form`` is a ``ProblemFormat``.
 
     Raises:
-        DataError: with every faulty row's line and field, at most ten of them, or for a file that cannot be read.
+        DataError: with line and field of the first ten faulty rows and how many more there are, or for a file that
+            cannot be read.
     """
     found: list[dict[str, str]] = []
     faults: list[tuple[str, str]] = []
@@ -62,8 +65,14 @@ def read_problems_file(path: Path, source: str, form: str, limit: int | None = N
     if not faults and not found:
         faults = [("", f"{path.name} must hold problems; it is empty; give another")]
     if faults:
-        raise DataError(faults[:10])
+        raise DataError(first_faults(faults, path.name))
     return found
+
+
+def first_faults(faults: Sequence[tuple[str, str]], what: str) -> list[tuple[str, str]]:
+    """The first ``SHOWN_FAULTS``, and a line with the number of the others of ``what``."""
+    more = len(faults) - SHOWN_FAULTS
+    return [*faults[:SHOWN_FAULTS], *([("", f"{what}: and {more:,} more faults like these")] if more > 0 else [])]
 
 
 def _parsed(content: bytes | None) -> Mapping[str, Any]:

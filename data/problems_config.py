@@ -21,7 +21,7 @@ class ProblemRows(Section):
     format: ProblemFormat
     """Fields of a row: ``humaneval`` (task_id, prompt, entry_point, canonical_solution, test), ``mbpp`` (task_id, text
     or prompt, code, test_list) or ``plain`` (id, prompt, tests, solution, and entry_point for a function)."""
-    max_problems: int | None = Field(None, ge=1)
+    max_problems: int | None = Field(None, ge=1, le=1_000_000_000)
     """Only so many first rows; none takes all."""
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +19,27 @@ _RIGHT = re.compile(r"answer is \(?([A-D])\)?")
 
 
 def read_questions(
-    path: Path, *, kind: str, question: str, choices: str, answer: str, id_field: str
+    path: Path, *, kind: str, question: str, choices: str, answer: str, id_field: str, first: int | None = None
 ) -> list[dict[str, Any]]:
     """Rows ``{"id", "question", "choices", "right"}`` for ``kind`` choice, ``{"id", "question", "answer"}`` for answer.
 
     ``choices`` may be a list or a mapping of letters; ``answer`` the right one's number from 0, letter or text. For
-    ``kind`` answer a worked solution counts as what follows its last ``####``.
+    ``kind`` answer a worked solution counts as what follows its last ``####``. ``first`` reads only so many rows.
 
     Raises:
         DataError: with the first rows that are faulty, or for a file without rows.
     """
-    rows, faults = [], []
-    for number, row in enumerate(_rows(path), start=1):
+    rows: list[dict[str, Any]] = []
+    faults: dict[str, list[int]] = {}
+    asked = (question, answer, *((choices,) if kind == "choice" else ()))
+    for number, row in enumerate(islice(_rows(path, first), first), start=1):
         try:
-            rows.append(_row(row, kind, question, choices, answer, id_field))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            said = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
-            faults.append(f"row {number}: {said}")
+            rows.append(_row(_with_fields(row, asked), kind, question, choices, answer, id_field))
+        except (TypeError, ValueError, IndexError) as error:
+            faults.setdefault(str(error), []).append(number)
     if faults or not rows:
-        shown = "; ".join(faults[:_SHOWN]) + (f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else "")
-        raise DataError([("path", f"must hold questions; {path.name} has {shown or 'no row'}; mend it, or the fields")])
+        shown = _shown(faults) or "no row"
+        raise DataError([("path", f"must hold questions; {path.name} has {shown}; mend it, or the fields")])
     if len({row["id"] for row in rows}) < len(rows):
         raise DataError([("id_field", f"must tell questions apart; {path.name} has two of one id; set another field")])
     return rows
@@ -95,6 +97,25 @@ def _translated(example: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"question": example["input_question"].strip(), "choices": texts, "right": list(choices).index(right[0])}
 
 
+def _with_fields(row: Any, fields: Iterable[str]) -> Mapping[str, Any]:
+    """``row``, which must be a mapping with all of ``fields``."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"a row must be a mapping of fields; got {type(row).__name__}")
+    missing = [field for field in fields if field not in row]
+    if missing:
+        raise ValueError(f"no field {' and no field '.join(missing)}, but {', '.join(map(str, row)) or 'none at all'}")
+    return row
+
+
+def _shown(faults: Mapping[str, Sequence[int]]) -> str:
+    """Each fault with the first rows that have it, as the end of a sentence."""
+    lines = []
+    for message, rows in list(faults.items())[:_SHOWN]:
+        few = ", ".join(map(str, rows[:_SHOWN])) + (f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else "")
+        lines.append(f"in row {few}: {message}")
+    return "; ".join(lines) + (f"; and {len(faults) - _SHOWN} other faults" if len(faults) > _SHOWN else "")
+
+
 def _row(row: Any, kind: str, question: str, choices: str, answer: str, id_field: str) -> dict[str, Any]:
     asked = row[question]
     if not isinstance(asked, str) or not asked.strip():
@@ -124,25 +145,40 @@ def _choices(listed: Any, right: Any, choices: str, answer: str) -> tuple[list[s
     raise ValueError(f"{answer} must be a number below {len(texts)}, a letter or one of {choices}; got {right!r:.40}")
 
 
-def _rows(path: Path) -> Iterator[Any]:
-    """Rows of a file, one a line or in a list."""
+def _rows(path: Path, first: int | None) -> Iterator[Any]:
+    """Rows of a file, one a line or in a list; of lines no more than the ``first`` are read."""
     if path.suffix not in ENDINGS:
         raise DataError([("path", f"must end in one of {', '.join(ENDINGS)}; got {path.name}; rename or convert it")])
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".jsonl":
-            content: Any = [json.loads(line) for line in text.split("\n") if line.strip()]
-        elif path.suffix == ".json":
-            content = json.loads(text)
-        else:
-            import yaml
-
-            content = yaml.safe_load(text)
+        content = list(islice(_lines(path), first)) if path.suffix == ".jsonl" else _whole(path)
     except (OSError, ValueError) as error:
-        raise DataError([("path", f"must hold rows; {path.name} cannot be read: {error}; mend it")]) from error
+        said = " ".join(str(error).split())
+        raise DataError([("path", f"must hold rows; {path.name} cannot be read: {said}; mend it")]) from error
     if not isinstance(content, list):
         raise DataError([("path", f"must hold a list of rows; {path.name} holds {type(content).__name__}; mend it")])
     yield from content
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8-sig", newline="\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"line {number} is no JSON: {error.msg} at column {error.colno}") from error
+
+
+def _whole(path: Path) -> Any:
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".json":
+        return json.loads(text)
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
 
 
 def _content_id(content: Any) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data.source_config import PLACEHOLDER as _PLACEHOLDER
 from data.source_config import RowFilter
 
-_PLACEHOLDER = re.compile(r"\{([\w.-]+)\}")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from data.catalogue import EntrySchema, resolve_entry
+from data.languages import LanguageOrCode
 
 RuleSet = Literal["web", "prose", "messages", "code", "none"]
 FileFormat = Literal["auto", "text", "jsonl", "json", "parquet", "gettext"]
@@ -25,6 +27,24 @@ def _stays_inside(pattern: str) -> str:
 
 
 Pattern = Annotated[str, AfterValidator(_stays_inside)]
+PLACEHOLDER = re.compile(r"\{([\w-]+(?:\.[\w-]+)*)\}")
+"""``{field}`` or ``{field.key}`` in a template; all other braces are text."""
+
+
+def _names_fields(template: str) -> str:
+    text = PLACEHOLDER.sub("", template)
+    # A brace and a word that do not close as a field: forgotten, or Python's {title!r}, {title[0]}, {title:>9}.
+    if broken := re.search(r"\{\w[\w.-]*(?:[!:\[][^{}\s]*)?\}|\{\w[^{}]*(?=\{|\Z)", text):
+        raise ValueError(f"must write fields as {{field}} or {{field.key}}; got {broken[0]!r}; close the brace")
+    fields = PLACEHOLDER.findall(template)
+    if not fields:
+        raise ValueError(f"must name a field of the rows, or all texts were alike; got {template!r}; write {{text}}")
+    if inner := [field for field in fields if any(part.startswith("__") for part in field.split("."))]:
+        raise ValueError(f"must name fields of the rows; got {inner[0]!r}, which is an attribute; write {{text}}")
+    return template
+
+
+Template = Annotated[str, AfterValidator(_names_fields)]
 
 
 class Section(BaseModel):
@@ -66,7 +86,7 @@ class SourceBase(Section):
 
     name: str = Field(pattern=NAME)
     """Name of the source: its files in the corpus, its share in a mixture."""
-    language: str = Field(pattern=r"^([a-z]{2,3}|code)$")
+    language: LanguageOrCode
     """ISO 639 code of the text (``en``, ``de``, ``hi``), or ``code``; decides the language check."""
     domain: str | None = Field(None, pattern=NAME)
     """What the text is about (``science``, ``medicine``, ``code``); a mixture or score may go by it."""
@@ -74,18 +94,18 @@ class SourceBase(Section):
     """Licence of the text, stated in the corpus."""
     rules: RuleSet
     """Quality rules: ``web`` (Gopher, FineWeb), ``prose`` (edited text), ``messages``, ``code``, or ``none``."""
-    min_words: int = Field(5, ge=0)
+    min_words: int = Field(5, ge=0, le=1_000_000)
     """Shortest document that is kept, in words (``rules: none`` keeps all)."""
     language_threshold: float = Field(0.05, ge=0, lt=1)
     """A document is dropped when the probability of its source's language is below this; 0 turns the check off."""
-    template: str = "{text}"
+    template: Template = "{text}"
     """How a row (JSON, JSONL, Parquet, hub) becomes text: ``{field}`` or ``{field.key}``; a list or mapping of options
     is rendered one ``A. ...`` a line."""
     title: str | None = None
     """Field of a row that holds the document's title; text files and code take their path."""
     filters: list[RowFilter] = []
     """Rows to keep, by their fields: all conditions must hold. For rows alone, not for text files or catalogs."""
-    max_document_bytes: int = Field(16_000_000, ge=1_000)
+    max_document_bytes: int = Field(16_000_000, ge=1_000, le=2**31)
     """Longest document, and longest line of a JSONL file, in bytes; what is longer is counted, never held."""
 
 
@@ -100,9 +120,9 @@ class FileReading(SourceBase):
     """How files are read; ``auto`` goes by the ending, ``.gz``, ``.zst``, ``.xz`` or ``.bz2`` behind it aside."""
     split: Literal["file", "blank_line"] = "file"
     """For text files: one document a file, or one between blank lines."""
-    message_min_words: int = Field(3, ge=1)
+    message_min_words: int = Field(3, ge=1, le=1_000_000)
     """For gettext catalogs: shorter translations are left out."""
-    message_document_bytes: int = Field(1500, ge=1)
+    message_document_bytes: int = Field(1500, ge=1, le=2**31)
     """For gettext catalogs: consecutive translations are gathered, one a line, into documents of about this size."""
 
 
@@ -148,7 +168,7 @@ class HubSource(SourceBase):
     """Configuration of the dataset (``sample-10BT``, ``deu_Latn``)."""
     hub_split: str = "train"
     """Split of the dataset to read."""
-    max_documents: int | None = Field(None, ge=1)
+    max_documents: int | None = Field(None, ge=1, le=1_000_000_000_000)
     """Stop after this many rows, those that filters leave out included; none reads all."""
     streaming: bool = Field(True, json_schema_extra={"operational": True})
     """Read rows as they arrive, storing nothing; false first downloads the split to the cache. Same rows."""
@@ -166,11 +186,11 @@ class HeldoutConfig(Section):
 
     share: float = Field(0.03, gt=0, lt=0.5)
     """Share of a source's documents that is held out."""
-    min_documents: int = Field(20, ge=1)
+    min_documents: int = Field(20, ge=1, le=1_000_000_000)
     """At least this many a source (never more than half of it)."""
     ngram: int = Field(13, ge=5, le=50)
     """A training document that shares this many consecutive words with a held-out one is removed."""
-    common_documents: int = Field(10, ge=0)
+    common_documents: int = Field(10, ge=0, le=1_000_000_000)
     """Word sequences found in more training documents than this are boilerplate (licence headers) and do not count."""
     max_overlap_share: float = Field(0.5, gt=0, le=1)
     """A source that would lose more than this share of its training documents to the rule above is refused instead."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from data.clean_decontaminate import ContaminationIndex
 from data.encoding import Encoder
 from data.errors import DataError
 from data.heldout import HeldoutSet
@@ -28,7 +29,8 @@ from data.sources import source_revision
 from data.stream_config import StreamSettings
 from data.stream_reader import Document, SourceLane, is_held_out
 
-STREAM_FILE = "stream.json"
+STREAM_FILE, CONTAMINATION_FILE = "stream.json", "contamination.npz"
+"""Settings and seed; the runs of words of evaluation sets, where there are any."""
 
 
 def is_stream(tokens_dir: Path | str) -> bool:
@@ -45,6 +47,7 @@ class StreamLoader:
         global_batch_size: rows an optimizer step, over all ranks and micro-steps.
         seed: of the order.
         mixture: what shares are asked for, step by step; without weights there must be one source.
+        stage: name of the stage that froze the stream, by which its fields are told.
         cache: folder for what the hub's client keeps.
         say: receives a line when a pass of a source ends.
 
@@ -60,6 +63,7 @@ class StreamLoader:
         global_batch_size: int,
         seed: int,
         mixture: Mixture | None = None,
+        stage: str = "stream",
         cache: Path | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -67,7 +71,7 @@ class StreamLoader:
         self.info, self.seq_len, self.global_batch_size = read_info(tokens_dir), seq_len, global_batch_size
         facts = json.loads((self.info.directory / STREAM_FILE).read_text(encoding="utf-8"))
         self.settings, self.mixture = StreamSettings.model_validate(facts["settings"]), mixture or Mixture()
-        self._seed, self._cache, self._say = seed, cache, say
+        self._seed, self._stage, self._cache, self._say = seed, stage, cache, say
         self._check(facts)
         one_each = {source.name: 1 for source in self.settings.sources}
         self.phase_shares = self.mixture.shares(self.info.sources, one_each, seq_len * global_batch_size)
@@ -77,6 +81,8 @@ class StreamLoader:
         self._encoder = Encoder(tokenizer, seed=facts["seed"], chat_share=self.settings.chat_share)
         texts = (text.decode() for text in HeldoutSet(self.info.directory).texts())
         self._heldout = HeldoutIndex(self.settings.ngram, texts)
+        items = self.info.directory / CONTAMINATION_FILE
+        self._contamination = ContaminationIndex.load(items) if items.is_file() else None
         self._rows_a_lane = global_batch_size // self.settings.lanes
         self._lanes: dict[int, _Lane] = {}
         self._restored: Mapping[str, Any] = {}
@@ -94,11 +100,15 @@ class StreamLoader:
             ValueError: if ``rows`` leaves the global batch, or was read before, or something before it was not.
             DataError: if a source has ended and the settings say that the run ends with it.
         """
-        first, last = check_rows(step, rows, self.global_batch_size)
-        numbers = step * self.global_batch_size + np.arange(first, last, dtype=np.int64)
-        owners, _ = self._schedule.locate(numbers)
-        result = [self._read(number, owner) for number, owner in zip(numbers.tolist(), owners.tolist(), strict=True)]
-        return make_batch(np.stack(result), self.info.eos_id, None)
+        return make_batch(self._ids(step, rows), self.info.eos_id, None)
+
+    def lane_ids(self, step: int, lane: int) -> np.ndarray:
+        """(rows a lane, T) ids of the rows of ``lane`` in ``step``, as narrow as the vocabulary allows."""
+        first = lane * self._rows_a_lane
+        return self._ids(step, slice(first, first + self._rows_a_lane)).astype(self.info.dtype)
+
+    def close(self) -> None:
+        """Nothing is held open; ``data.stream_workers`` has processes to end."""
 
     def plan(self, max_steps: int) -> dict[str, dict[str, float]]:
         """What ``max_steps`` steps ask of each source: shares, tokens, and the passes that it may make.
@@ -130,7 +140,8 @@ class StreamLoader:
 
     def position(self) -> dict[str, Any]:
         """Where every lane stands that was read here; plain JSON data."""
-        return {str(number): lane.position() for number, lane in self._lanes.items()}
+        # A run that goes on and reads nothing stands where it stood.
+        return {str(number): lane.position() for number, lane in self._lanes.items()} or dict(self._restored)
 
     def restore(self, position: Mapping[str, Any]) -> None:
         """Go on from the positions of all lanes, whoever read them."""
@@ -145,14 +156,9 @@ class StreamLoader:
         return {name: dict(counts) for name, counts in found.items()}
 
     def _check(self, facts: Mapping[str, Any]) -> None:
-        faults = []
-        if self.global_batch_size % self.settings.lanes:
-            message = f"must be a multiple of the stream's lanes {self.settings.lanes}; got {self.global_batch_size}"
-            faults.append(("global_batch_size", f"{message}; set a multiple, or other lanes in the stream stage"))
-        if self.mixture.cap_epochs is not None:
-            faults.append(("cap_epochs", "must be unset with a stream, whose length nobody knows; set passes there"))
-        if self.mixture.weights is None and len(self.settings.sources) > 1:
-            faults.append(("mixture", "must weigh the sources of a stream, whose sizes nobody knows; got none; set it"))
+        mixture = self.mixture
+        capped = mixture.cap_epochs is not None
+        faults = list(self.settings.unfit(self.global_batch_size, mixture.weights is not None, capped))
         for source in self.settings.sources:
             # A hub's data set is pinned by its revision.
             if isinstance(source, FilesSource) and source_revision(source) != facts["revisions"][source.name]:
@@ -160,6 +166,14 @@ class StreamLoader:
                 faults.append(("data", f"{message}; restore them or run the stream stage again"))
         if faults:
             raise DataError(faults)
+
+    def _ids(self, step: int, rows: slice) -> np.ndarray:
+        """(R, T) int64 ids of the next rows of their lanes."""
+        first, last = check_rows(step, rows, self.global_batch_size)
+        numbers = step * self.global_batch_size + np.arange(first, last, dtype=np.int64)
+        owners, _ = self._schedule.locate(numbers)
+        found = [self._read(number, owner) for number, owner in zip(numbers.tolist(), owners.tolist(), strict=True)]
+        return np.stack(found)
 
     def _read(self, number: int, owner: int) -> np.ndarray:
         within = number % self.global_batch_size
@@ -179,7 +193,7 @@ class StreamLoader:
         step = number // self.global_batch_size
         name = self._names[owner]
         if self.settings.on_end == "fail":
-            raise DataError([(f"passes.{name}", self._ended(name, step))])
+            raise DataError([("data", self._ended(name, step))])
         phase = max(i for i, phase in enumerate(self.mixture.phases) if phase.from_step <= step)
         shares = self.phase_shares[phase]
         while live := [one for one in self._names if shares[one] and not lane.sources[one].place.ended]:
@@ -193,8 +207,8 @@ class StreamLoader:
     def _ended(self, name: str, step: int) -> str:
         passes = self.settings.passes.get(name, 1)
         return (
-            f"must cover the run; source {name} ended at step {step}, its passes ({passes}) done; "
-            "raise it, set on_end: drop, lower mixture or max_steps, or add text"
+            f"must last as long as the run; source {name} ended at step {step}, its passes ({passes}) done; raise "
+            f"{self._stage}.passes.{name}, set {self._stage}.on_end: drop, lower mixture or max_steps, or add text"
         )
 
     def _open_lane(self, index: int) -> _Lane:
@@ -223,7 +237,9 @@ class StreamLoader:
     def _left_out(self, document: Document) -> str:
         if is_held_out(document, self.settings.heldout_share):
             return "held_out"
-        return "overlaps_held_out" if self._heldout.shared(str(document["text"])) else ""
+        if self._contamination and (found := self._contamination.find(str(document["text"]))):
+            return f"contaminated_{found[0]}"
+        return "overlaps_held_out" if self._heldout.overlaps(str(document["text"])) else ""
 
 
 class _Lane:

@@ -27,15 +27,25 @@ class StreamSettings(Section):
     """Share of every source's documents that is never trained on, by document hash, wherever they stand."""
     ngram: int = Field(13, ge=5, le=50)
     """A training document that shares this many consecutive words with a frozen held-out one is left out too."""
-    shuffle_documents: int = Field(1000, ge=1)
+    shuffle_documents: int = Field(1000, ge=1, le=1_000_000_000)
     """Documents of a source that a lane reads and shuffles at a time."""
     lanes: int = Field(8, ge=1, le=1024)
     """Parts that a step's rows are divided into, each with its own share of every source; ranks take whole lanes, so
     that the number of ranks must divide it, and may change when a run goes on."""
-    passes: dict[str, int] = Field(default_factory=dict)
+    passes: dict[str, Annotated[int, Field(le=1_000_000)]] = Field(default_factory=dict)
     """How often a source may be read, by its name; once where it has no entry. Each lane goes round by itself."""
     on_end: Literal["fail", "drop"] = "fail"
     """After a source's last pass: ``fail`` ends the run with one line, ``drop`` gives its rows to the other sources."""
+
+    def unfit(self, global_batch_size: int, is_weighed: bool, is_capped: bool) -> Iterator[tuple[str, str]]:
+        """(field, message) of what a run asks of this stream that it does not fit."""
+        if global_batch_size % self.lanes:
+            message = f"must be a multiple of the stream's lanes {self.lanes}; got {global_batch_size}"
+            yield "global_batch_size", f"{message}; set a multiple, or other lanes in the stream stage"
+        if is_capped:
+            yield "cap_epochs", "must be unset with a stream, whose length nobody knows; set passes there"
+        if not is_weighed and len(self.sources) > 1:
+            yield "mixture", "must weigh the sources of a stream, whose sizes nobody knows; got none; set it"
 
     def faults(self) -> Iterator[tuple[str, str]]:
         """(field, message) of what does not fit together."""

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data.compressed import UnreadableFile
 from data.corpus import document_id
-from data.documents import RawDocument, row_as_document
+from data.documents import RawDocument, SourceError, row_as_document
 from data.encoding import Encoder
 from data.errors import DataError
-from data.hub import hub_stream
+from data.hub import broken_off, hub_stream
 from data.mix import hash64, permute
 from data.source_config import FilesSource, HubSource
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from datasets import IterableDataset
 
 _BATCH_DOCUMENTS = 32
+_FIELDS = [field.name for field in dataclasses.fields(RawDocument)]
 Document = dict[str, str | None]
 
 
@@ -50,8 +52,32 @@ def _file_rows(source: FilesSource, files: list[str]) -> Iterator[dict[str, Any]
     from data.file_readers import read_file
 
     for name in files:
-        for document in read_file(source, Path(name), Path(name).name):
-            yield dataclasses.asdict(document)
+        count, short = 0, Path(name).name
+        try:
+            for document in read_file(source, Path(name), short):
+                yield {field: getattr(document, field) for field in _FIELDS}
+                count += 1
+        except UnreadableFile as error:
+            reason = f"must name whole files; got {short}, which cannot be read beyond its first {count} documents"
+            raise SourceError(source.name, "path", f"{reason} ({error}); fetch it again or exclude it") from error
+
+
+def rows_of(source: FilesSource | HubSource, stream: IterableDataset) -> Iterator[dict[str, Any]]:
+    """The rows of ``open_stream``; a file that breaks is a ``SourceError``, a hub's stream that does a ``HubError``."""
+    count, rows = 0, iter(stream)
+    while True:
+        try:
+            row = next(rows, None)
+        except SourceError:
+            raise
+        except Exception as error:  # whatever datasets and the hub's client say, one line is enough
+            if isinstance(source, HubSource):
+                raise broken_off(source.repository, source.revision, count, error) from error
+            raise
+        if row is None:
+            return
+        yield row
+        count += 1
 
 
 def raw_document(source: FilesSource | HubSource, row: Mapping[str, Any], number: int) -> RawDocument:
@@ -104,6 +130,25 @@ class Place:
     ended: bool = False
 
 
+@dataclasses.dataclass
+class _Window:
+    """Documents that are shuffled together, read from one place of the rows on."""
+
+    state: dict[str, Any] | None
+    """What ``datasets`` says of the stream before it."""
+    rows: int = 0
+    documents: list[Document] = dataclasses.field(default_factory=list)
+    dropped: Counter[str] = dataclasses.field(default_factory=Counter)
+    order: list[int] = dataclasses.field(default_factory=list)
+    """Places of ``documents`` in the order in which they are handed out."""
+    is_last: bool = False
+    """Whether the stream ended in it."""
+
+    def document(self, taken: int) -> str:
+        """Id of the document that is handed out after so many; empty behind the last one."""
+        return str(self.documents[self.order[taken]]["id"]) if taken < len(self.documents) else ""
+
+
 class SourceLane:
     """One source's documents in one lane, as rows of tokens.
 
@@ -153,12 +198,13 @@ class SourceLane:
             pieces.append(piece)
             missing -= len(piece)
             self._advance(len(piece), len(ids))
+        self._read_ahead()
         return np.concatenate(pieces)
 
     def position(self) -> dict[str, Any]:
         """The place, as plain data of its own."""
         place = self.place
-        document = self._window[self._order[place.taken]]["id"] if place.taken < len(self._window) else place.document
+        document = self._window.document(place.taken) or place.document
         return {**dataclasses.asdict(place), "state": copy.deepcopy(place.state), "document": document}
 
     def restore(self, position: Mapping[str, Any]) -> None:
@@ -169,13 +215,11 @@ class SourceLane:
     @property
     def dropped(self) -> dict[str, int]:
         """Documents left out so far, by rule."""
-        return dict(Counter(self.place.dropped) + self._window_dropped)
+        return dict(Counter(self.place.dropped) + self._window.dropped)
 
     def _forget(self) -> None:
-        self._window: list[Document] = []
-        self._order: list[int] = []
-        self._window_rows = 0
-        self._window_dropped: Counter[str] = Counter()
+        self._window = _Window(None)
+        self._ahead: _Window | None = None
         self._encoded: dict[int, np.ndarray] = {}
         self._iterator: Iterator[tuple[int, Mapping[str, Any]]] | None = None
 
@@ -184,9 +228,9 @@ class SourceLane:
         if self.place.ended:
             return None
         if self._iterator is None:
-            self._read_window()
+            self._open()
             self._check_same()
-        while self.place.taken == len(self._window):
+        while self.place.taken == len(self._window.documents):
             self._next_window()
             if self.place.ended:
                 return None
@@ -197,7 +241,7 @@ class SourceLane:
     def _check_same(self) -> None:
         """Refuse to go on in the middle of another document than the one that was left."""
         place = self.place
-        found = self._window[self._order[place.taken]]["id"] if place.taken < len(self._window) else ""
+        found = self._window.document(place.taken)
         if place.document and found != place.document:
             raise DataError(
                 f"source {self.source.name} must give the documents again that it gave before; document "
@@ -212,24 +256,23 @@ class SourceLane:
             self.place.taken, self.place.offset = self.place.taken + 1, 0
 
     def _encode(self) -> None:
-        places = range(self.place.taken, min(self.place.taken + _BATCH_DOCUMENTS, len(self._window)))
-        documents = [self._window[self._order[place]] for place in places]
+        window, first = self._window, self.place.taken
+        places = range(first, min(first + _BATCH_DOCUMENTS, len(window.documents)))
+        documents = [window.documents[window.order[place]] for place in places]
         for place, ids in zip(places, self._encoder.encode(documents, chat=True), strict=True):
             self._encoded[place] = np.asarray(ids, dtype=np.int64)
 
     def _next_window(self) -> None:
-        place = self.place
-        if self._window_rows == 0:
+        place, window = self.place, self._window
+        if window.rows == 0:
             self._next_pass()
-            if place.ended:
-                return
-        else:
-            place.rows += self._window_rows
-            place.documents += len(self._window)
-            place.dropped = self.dropped
-            place.state = copy.deepcopy(self._stream.state_dict())
-        place.taken = place.offset = 0
-        self._read_window()
+            if not place.ended:
+                self._open()
+            return
+        place.rows += window.rows
+        place.documents += len(window.documents)
+        place.dropped = self.dropped
+        self._begin(self._ahead or self._window_here())
 
     def _next_pass(self) -> None:
         place = self.place
@@ -243,31 +286,60 @@ class SourceLane:
         what = f"source {self.source.name}, lane {self.lane}: pass {place.number} of {self.passes} ended"
         self._say(f"{what} after {place.documents:,} documents")
         place.ended = place.number >= self.passes
-        place.rows, place.documents, place.state = 0, 0, None
-        self._iterator = None
+        place.rows = place.documents = place.taken = place.offset = 0
+        place.state = None
 
-    def _read_window(self) -> None:
-        """Read the window that begins at the place."""
+    def _open(self) -> None:
+        """Open the stream at the place, and read the window that begins there."""
         place = self.place
-        if self._iterator is None:
-            # A state of None would leave the stream where another pass ended.
-            self._stream.load_state_dict(copy.deepcopy(place.state))
-            self._iterator = enumerate(self._stream, start=place.rows)
-        self._window, self._window_rows, self._window_dropped = [], 0, Counter()
-        while len(self._window) < self._size:
-            number, row = next(self._iterator, (-1, {}))
-            if number < 0 or (self._limit is not None and number >= self._limit):
-                break
-            self._window_rows += 1
-            if number % self._every == self.lane % self._every:
-                self._keep(usable(self.source, raw_document(self.source, row, number)))
-        key = hash64("window", self._key, self.source.name, self.lane, place.number, place.rows)
-        self._order = permute(np.arange(len(self._window)), max(1, len(self._window)), key).tolist()
-        self._encoded = {}
+        # A state of None would leave the stream where another pass ended.
+        self._stream.load_state_dict(copy.deepcopy(place.state))
+        self._iterator = enumerate(rows_of(self.source, self._stream), start=place.rows)
+        taken, offset = place.taken, place.offset
+        self._begin(_Window(place.state))
+        place.taken, place.offset = taken, offset
 
-    def _keep(self, document: Document | str) -> None:
+    def _begin(self, window: _Window) -> None:
+        """Go on with ``window``, read to its end, from its first document."""
+        place = self.place
+        self._fill(window, self._size)
+        key = hash64("window", self._key, self.source.name, self.lane, place.number, place.rows)
+        count = len(window.documents)
+        window.order = permute(np.arange(count), max(1, count), key).tolist()
+        place.state, place.taken, place.offset = window.state, 0, 0
+        self._window, self._ahead, self._encoded = window, None, {}
+
+    def _window_here(self) -> _Window:
+        return _Window(copy.deepcopy(self._stream.state_dict()))
+
+    def _read_ahead(self) -> None:
+        """Read as much of the next window as was taken of this one, so that no row pays for a whole window."""
+        window = self._window
+        if window.documents and not self.place.ended:
+            self._ahead = self._ahead or self._window_here()
+            self._fill(self._ahead, self._size * self.place.taken // len(window.documents))
+
+    def _fill(self, window: _Window, documents: int) -> None:
+        """Read until ``window`` holds so many documents, or the stream ends."""
+        while not window.is_last and len(window.documents) < documents:
+            number, row = self._next_row()
+            if number < 0 or (self._limit is not None and number >= self._limit):
+                window.is_last = True
+                return
+            window.rows += 1
+            if number % self._every == self.lane % self._every:
+                self._keep(window, usable(self.source, raw_document(self.source, row, number)))
+
+    def _next_row(self) -> tuple[int, Mapping[str, Any]]:
+        assert self._iterator is not None, "a window opens its stream"
+        try:
+            return next(self._iterator, (-1, {}))
+        except SourceError as error:
+            raise DataError([("data", f"source {error.source}: {error.field} {error}")]) from error
+
+    def _keep(self, window: _Window, document: Document | str) -> None:
         rule = document if isinstance(document, str) else self._left_out(document)
         if isinstance(document, str) or rule:
-            self._window_dropped[rule] += 1
+            window.dropped[rule] += 1
         else:
-            self._window.append(document)
+            window.documents.append(document)

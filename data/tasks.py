@@ -66,12 +66,12 @@ class TaskChoice(Section):
     name: str
     """A key of ``TASKS``: add, compare, count_letter, digit_sum, gcd, largest_digit, last_letter, parity, reverse or
     sort."""
-    size: int = Field(ge=1)
+    size: int = Field(ge=1, le=1_000_000_000)
     """How hard: digits of a number (add, compare, gcd, parity), digits in a row (digit_sum, largest_digit, sort), or
     letters of a word (count_letter, last_letter, reverse)."""
-    train: int = Field(ge=0)
+    train: int = Field(ge=0, le=1_000_000_000)
     """Questions drawn from the training side, without repetition."""
-    heldout: int = Field(0, ge=0)
+    heldout: int = Field(0, ge=0, le=1_000_000_000)
     """Questions of the held-out side: the first of a fixed order that no seed changes."""
 
 

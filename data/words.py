@@ -60,6 +60,11 @@ class WordRuns:
             return runs[:0]
         return runs[index[np.minimum(np.searchsorted(index, runs), len(index) - 1)] == runs]
 
+    def any_of(self, text: str, index: Array) -> bool:
+        """Whether the sorted array ``index``, which is not empty, holds a run of ``text``."""
+        runs = self.of(text)
+        return bool((index[np.minimum(np.searchsorted(index, runs), len(index) - 1)] == runs).any())
+
     def by_length(self, text: str, lengths: Sequence[int]) -> dict[int, Array]:
         """Hashes (uint64) of the runs of each of ``lengths`` words; none where the text has fewer."""
         hashes = self._hashed(words(text.casefold()))

@@ -9,14 +9,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from model.activations import activation_bytes
+from model.activations import PYTORCH, Path, activation_bytes
 from model.mixer_cost import MIXER_COSTS
+from model.projections import fp8_projections, projections
 from model.spec import AttentionSpec, ModelSpec
 
 __all__ = [
     "LayerCount",
     "MemoryEstimate",
     "ParameterCount",
+    "Path",
     "activation_bytes",
     "checkpoint_bytes",
     "count_parameters",
@@ -32,7 +34,11 @@ __all__ = [
 ]
 
 FP32_BYTES, BF16_BYTES = 4, 2
-Precision = Literal["bf16", "fp32"]
+Precision = Literal["bf16", "fp8", "fp32"]
+Optimizer = Literal["adamw", "adamw_8bit", "muon"]
+
+QUANTISED_BLOCK, LEAST_QUANTISED = 256, 4096
+"""Weights that share the scale of their 8-bit moments, and the smallest matrix whose moments are so kept."""
 
 # DeepSpeed's defaults, in elements: what ZeRO-1/2 reduce at once, and what ZeRO-3 keeps gathered at once.
 BUCKET_ELEMENTS = 500_000_000
@@ -177,21 +183,37 @@ def gradient_bytes(spec: ModelSpec, *, zero_stage: int, world_size: int) -> int:
     return _share(total, world_size) if zero_stage >= 2 else total
 
 
-def optimizer_bytes(spec: ModelSpec, *, zero_stage: int, world_size: int, offload: bool = False) -> int:
-    """AdamW's two fp32 moments, one rank's share from ZeRO-1 on, and a master copy where DeepSpeed makes one.
+def optimizer_bytes(
+    spec: ModelSpec, *, zero_stage: int, world_size: int, offload: bool = False, optimizer: Optimizer = "adamw"
+) -> int:
+    """State of ``optimizer``, one rank's share from ZeRO-1 on, and a master copy where DeepSpeed makes one.
 
     DeepSpeed clones the partition it updates under ZeRO-1/2, although the weights are fp32 already; ZeRO-3 does so only
     when the optimizer is off-loaded; ZeRO-0 updates the weights themselves.
     """
-    parameters = count_parameters(spec).total
     master = zero_stage in (1, 2) or (zero_stage == 3 and offload)
-    total = (3 if master else 2) * FP32_BYTES * parameters
+    total = _state_bytes(spec, optimizer) + (FP32_BYTES * count_parameters(spec).total if master else 0)
     return _share(total, world_size) if zero_stage else total
 
 
-def checkpoint_bytes(spec: ModelSpec, *, zero_stage: int) -> int:
+def _state_bytes(spec: ModelSpec, optimizer: Optimizer) -> int:
+    """Two fp32 moments a parameter; of the blocks' projections one under Muon, two in eight bits under 8-bit AdamW."""
+    sizes = [d_in * d_out for d_in, d_out in projections(spec).values()]
+    rest = count_parameters(spec).total
+    held = 0
+    if optimizer == "muon":
+        held, rest = FP32_BYTES * sum(sizes), rest - sum(sizes)
+    elif optimizer == "adamw_8bit":
+        quantised = [size for size in sizes if size >= LEAST_QUANTISED]
+        held = 2 * sum(size + FP32_BYTES * -(-size // QUANTISED_BLOCK) for size in quantised)
+        rest -= sum(quantised)
+    return held + 2 * FP32_BYTES * rest
+
+
+def checkpoint_bytes(spec: ModelSpec, *, zero_stage: int, optimizer: Optimizer = "adamw") -> int:
     """Engine state on disk for resume, all ranks together: the fp32 weights and the optimizer's state."""
-    return FP32_BYTES * count_parameters(spec).total + optimizer_bytes(spec, zero_stage=zero_stage, world_size=1)
+    states = optimizer_bytes(spec, zero_stage=zero_stage, world_size=1, optimizer=optimizer)
+    return FP32_BYTES * count_parameters(spec).total + states
 
 
 def weights_file_bytes(spec: ModelSpec, dtype_bytes: int = FP32_BYTES) -> int:
@@ -209,10 +231,15 @@ def memory_per_gpu(
     precision: Precision = "bf16",
     offload: bool = False,
     activation_checkpointing: bool = False,
+    optimizer: Optimizer = "adamw",
+    path: Path = PYTORCH,
+    accumulation_steps: int | None = None,
 ) -> MemoryEstimate:
     """Peak memory of one rank in a training step of this project's engine: fp32 weights, torch autocast for bf16.
 
-    ``casts_bytes`` are autocast's bf16 copies of the matrices, kept from forward to backward. ``offload`` puts the
+    ``casts_bytes`` are the copies of the matrices in half precision or 8 bits, kept from forward to backward. With one
+    micro-step (``accumulation_steps``; None is any number) the peak is either where backward begins, before there are
+    gradients, or where it ends, with gradients in place of activations. ``offload`` puts the
     shares of gradients and optimizer state on the host, and under ZeRO-3 that of the weights (``zero3_cpu_offload``).
     The allocator's slack and the CUDA context (1-2 GB) come on top.
 
@@ -222,17 +249,33 @@ def memory_per_gpu(
     _check(zero_stage, world_size, micro_batch_size, seq_len, offload)
     facts = {"zero_stage": zero_stage, "world_size": world_size}
     weights, gradients = weight_bytes(spec, **facts), gradient_bytes(spec, **facts)
-    states = optimizer_bytes(spec, **facts, offload=offload)
+    states = optimizer_bytes(spec, **facts, offload=offload, optimizer=optimizer)
     moved = weights if offload and zero_stage == 3 else 0
-    return MemoryEstimate(
+    whole = MemoryEstimate(
         weights_bytes=weights - moved,
-        casts_bytes=BF16_BYTES * matmul_parameters(spec) if precision == "bf16" else 0,
+        casts_bytes=_cast_bytes(spec, precision, path),
         gradients_bytes=0 if offload else gradients,
         optimizer_bytes=0 if offload else states,
         buffers_bytes=_buffer_bytes(spec, zero_stage),
-        activations_bytes=activation_bytes(spec, seq_len, micro_batch_size, activation_checkpointing, precision),
+        activations_bytes=activation_bytes(spec, seq_len, micro_batch_size, activation_checkpointing, precision, path),
         host_bytes=moved + gradients + states if offload else 0,
     )
+    if accumulation_steps != 1 or zero_stage == 3:
+        return whole
+    before = dataclasses.replace(whole, gradients_bytes=0, buffers_bytes=0)
+    after = dataclasses.replace(whole, activations_bytes=0, casts_bytes=0)
+    return max(before, after, key=lambda estimate: estimate.total_bytes)
+
+
+def _cast_bytes(spec: ModelSpec, precision: Precision, path: Path) -> int:
+    """On the kernel path the head's copy ends with the loss; in 8 bits a matrix is kept turned, else in bf16."""
+    if precision == "fp32":
+        return 0
+    if not path.kernels:
+        return BF16_BYTES * matmul_parameters(spec)
+    sizes = projections(spec)
+    narrow = set(fp8_projections(sizes)) if precision == "fp8" else set()
+    return sum(d_in * d_out * (1 if name in narrow else BF16_BYTES) for name, (d_in, d_out) in sizes.items())
 
 
 def _buffer_bytes(spec: ModelSpec, zero_stage: int) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from model.boundaries import Layout
 
@@ -43,8 +44,17 @@ class GatedRMSNorm(nn.Module):
         self.n_groups = n_groups
         self.eps = eps
 
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        """``y`` and ``z`` (..., width); the result has z's dtype, since y may be wider than the stream."""
+    def forward(
+        self, y: Tensor, z: Tensor | None = None, kernel: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """``y`` and ``z`` (..., width); the result has z's dtype, since y may be wider than the stream.
+
+        A ``kernel`` of y and the weight in fp32 takes the call whatever ``y`` is, without ``z``, and returns what it
+        likes: being called in here lets ZeRO-3 gather the weight for it.
+        """
+        if kernel is not None:
+            return kernel(y, self.weight.float())
+        assert z is not None, "only a kernel does without z"
         with torch.autocast(y.device.type, enabled=False):
             gated = at_least_fp32(y) * functional.silu(at_least_fp32(z))
             grouped = gated.unflatten(-1, (self.n_groups, -1))
@@ -70,7 +80,15 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if torch.compiler.is_compiling():
+            # Backward computes the product again where it reads both factors anyway: a write more, a d_ff kept less.
+            return self.down_proj(checkpoint(_gated, gate, up, use_reentrant=False, preserve_rng_state=False))
+        return self.down_proj(_gated(gate, up))
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return functional.silu(gate) * up
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -109,15 +127,15 @@ class CausalConv(nn.Module):
         """Convolve ``x`` (B, T, C) after ``past`` (B, K - 1, C), the inputs before it (zeros where none).
 
         Returns the result and the last K - 1 inputs, which are the next call's ``past``. Padding counts as zero input.
-        A ``kernel`` of x, weights (C, K) and bias, both in fp32, takes a call without a past, and returns what it
-        likes: being called in here lets ZeRO-3 gather the weights for it.
+        A ``kernel`` of x, weights (C, K) and bias, both in fp32, takes a call without a past, sees to padding itself,
+        and returns what it likes: being called in here lets ZeRO-3 gather the weights for it.
         """
         taps, time = self.weight.shape[-1], x.shape[1]
-        if layout.valid is not None:
-            x = x * layout.valid[:, :, None].to(x.dtype)
         if kernel is not None:
             assert past is None, "a kernel starts from nothing"
             return kernel(x, self.weight.float()[:, 0], self.bias.float()), x[:, time - taps + 1 :]
+        if layout.valid is not None:
+            x = x * layout.valid[:, :, None].to(x.dtype)
         start = x.new_zeros(x.shape[0], taps - 1, x.shape[2]) if past is None else past.to(x.dtype)
         padded = torch.cat([start, x], 1)  # (B, K - 1 + T, C)
         weight = self.weight.to(x.dtype)

@@ -51,6 +51,8 @@ class HybridModel(HybridPreTrainedModel):
         self.layers = nn.ModuleList(Block(mixer_spec, spec) for mixer_spec in spec.layer_mixers)
         self.norm = RMSNorm(spec.d_model, spec.norm_eps)
         self.gradient_checkpointing = False
+        self.residual_dtype: torch.dtype | None = None
+        """Of the stream that blocks add to; none is the embedding's own (fp32 under autocast)."""
         self.post_init()
 
     def forward(
@@ -71,6 +73,7 @@ class HybridModel(HybridPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given; got both or none")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = x if self.residual_dtype is None else x.to(self.residual_dtype)
         cache = self._cache(past_key_values, use_cache)
         layout = resolve_layout(
             x.shape[0],

@@ -6,13 +6,24 @@ N d_state, G groups, Q chunk_size, C convolution channels. A multiply-add counts
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
+from model.kernels.limits import HOPPER, KERNELS, limit_faults
 from model.spec import AttentionSpec, GLASpec, Mamba2Spec
 
 FP32_BYTES = 4
+BF16_BYTES = 2
+PREFERRED = {"mamba2": ("triton", "mamba_ssm"), "gla": ("fla",), "attention": ("varlen", "flex", "sdpa_cudnn")}
+"""Kernels by mixer, those that ``auto`` prefers first; of attention's, those that take packed rows."""
+GLA_CHUNK = 64
+"""Tokens a chunk of GLA's kernel."""
 GLA_BLOCK = 1
 """Tokens a block at the diagonal of GLA's scores: the halving goes down to single tokens."""
+
+
+Kept = Callable[..., int]
+"""``kept(inputs, *outputs)``: bytes a token that projections of one input to so many outputs keep of it."""
 
 
 class MixerCost(Protocol):
@@ -36,6 +47,11 @@ class MixerCost(Protocol):
     def saved_bytes(self, mixer: Any, d_model: int, seq_len: int, dtype_bytes: int) -> float:
         """Bytes a token that the PyTorch path keeps for backward in packed rows of ``seq_len`` tokens; projections give
         ``dtype_bytes`` an element, the rest is fp32.
+        """
+
+    def kernel_saved_bytes(self, mixer: Any, d_model: int, packed: bool, kept: Kept) -> float:
+        """Bytes a token that a compiled block keeps for backward where kernels run, in bf16; ``kept`` gives those of
+        projections' inputs. Norms keep what they read and a scale; what stands between is computed again.
         """
 
 
@@ -90,6 +106,17 @@ class Mamba2Cost:
         wide = channels + 9 * d_inner + 4 * heads + states + states * mixer.head_dim / chunk
         return dtype_bytes * cast + FP32_BYTES * (pairs + wide) + chunk
 
+    def kernel_saved_bytes(self, mixer: Mamba2Spec, d_model: int, packed: bool, kept: Kept) -> float:
+        """What in_proj gives, and y; the gated norm's scales and result. ``mamba_ssm`` also keeps what its convolution
+        gives, and the steps, which our own kernels compute again.
+        """
+        d_inner, heads, channels = self.sizes(mixer, d_model)
+        joined = d_inner + channels + heads
+        own = BF16_BYTES * (joined + d_inner) + FP32_BYTES * mixer.n_groups
+        if kernel_of(mixer) != "triton":
+            own += BF16_BYTES * channels + FP32_BYTES * heads
+        return kept(d_model, joined) + own + kept(d_inner, d_model)
+
 
 class GLACost:
     """Gated linear attention: q, k, v, decay gate, output gate, normalised a head, output projection."""
@@ -140,6 +167,15 @@ class GLACost:
         wide = keys + 4 * value + mixer.n_heads * (1 + chunk) + 2 * key * mixer.head_v_dim / chunk
         return dtype_bytes * cast + FP32_BYTES * wide
 
+    def kernel_saved_bytes(self, mixer: GLASpec, d_model: int, packed: bool, kept: Kept) -> float:
+        """q, k, v, both gates, o and its norm's scales; in fp32 the sums of log decays and scores within chunks."""
+        key, value = mixer.n_heads * mixer.head_k_dim, mixer.n_heads * mixer.head_v_dim
+        gate = mixer.gate_rank or key
+        inputs = kept(d_model, key, value, gate) + kept(value, d_model)
+        rank = kept(mixer.gate_rank, key) if mixer.gate_rank else 0
+        wide = key + mixer.n_heads * (1 + GLA_CHUNK)
+        return inputs + rank + BF16_BYTES * (3 * key + 3 * value) + FP32_BYTES * wide
+
 
 class AttentionCost:
     """Softmax attention with grouped keys and values."""
@@ -178,6 +214,26 @@ class AttentionCost:
         cast = inputs + 2 * queries + 2 * keys + seq_len + (2 * queries if mixer.output_gate else 0)
         normed = 2 * (queries + keys) + mixer.n_heads + mixer.n_kv_heads if mixer.qk_norm else 0
         return dtype_bytes * cast + FP32_BYTES * (normed + mixer.n_heads)
+
+    def kernel_saved_bytes(self, mixer: AttentionSpec, d_model: int, packed: bool, kept: Kept) -> float:
+        """q, k, v after rotation (keys and values a query head each where rows are packed, unless ``flex`` runs), o and
+        softmax sums; the projections of normalised queries and keys, and their scales; the gate and its product.
+        """
+        queries, keys = mixer.n_heads * mixer.head_dim, mixer.n_kv_heads * mixer.head_dim
+        spread = packed and not mixer.global_tokens
+        heads = mixer.n_heads + mixer.n_kv_heads
+        own = BF16_BYTES * (2 * queries + 2 * (queries if spread else keys)) + FP32_BYTES * mixer.n_heads
+        normed = BF16_BYTES * (queries + keys) + FP32_BYTES * heads if mixer.qk_norm else 0
+        # Without a gate the output projection reads o itself.
+        gate = BF16_BYTES * queries + kept(queries, d_model) if mixer.output_gate else 0
+        return kept(d_model, queries, keys) + own + normed + gate
+
+
+def kernel_of(mixer: Any) -> str | None:
+    """The kernel that ``auto`` prefers for the mixer on Hopper, or the one that it names; None where none takes it."""
+    names = PREFERRED[mixer.mixer] if mixer.backend == "auto" else (mixer.backend,)
+    fitting = [name for name in names if name in KERNELS and not any(limit_faults(name, dict(mixer)))]
+    return next((name for name in fitting if mixer.backend == name or HOPPER in KERNELS[name].capabilities), None)
 
 
 def input_elements(d_model: int, projections: int, dtype_bytes: int) -> int:

@@ -10,6 +10,8 @@ from model.spec import ModelSpec
 
 Sizes = Mapping[str, tuple[int, int]]
 """Inputs and outputs of each projection by its full name."""
+FP8_SMALLEST, FP8_ALIGNMENT = 1024, 16
+"""Inputs and outputs from which 8-bit products gain more than their casts cost, and what both must be multiples of."""
 
 
 def projections(spec: ModelSpec) -> dict[str, tuple[int, int]]:
@@ -26,6 +28,15 @@ def projections(spec: ModelSpec) -> dict[str, tuple[int, int]]:
         wide, narrow = (spec.d_model, spec.d_ff), (spec.d_ff, spec.d_model)
         found |= {f"{block}.mlp.gate_proj": wide, f"{block}.mlp.up_proj": wide, f"{block}.mlp.down_proj": narrow}
     return found
+
+
+def fp8_projections(sizes: Sizes) -> list[str]:
+    """The names of those that ``model.fp8`` trains in 8 bits; the others stay in bf16."""
+    return [
+        name
+        for name, (inputs, outputs) in sizes.items()
+        if min(inputs, outputs) >= FP8_SMALLEST and inputs % FP8_ALIGNMENT == outputs % FP8_ALIGNMENT == 0
+    ]
 
 
 def matching(names: Iterable[str], part: str) -> list[str]:

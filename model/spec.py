@@ -83,7 +83,7 @@ class Mamba2Spec(Section):
     """Groups that share B and C; also the groups of the gated norm."""
     chunk_size: int = Field(128, ge=1, le=1024, json_schema_extra=OPERATIONAL)
     """Tokens a chunk of the chunked scan, a power of two or the one below: speed and memory, never the result."""
-    backend: Literal["auto", "torch", "mamba_ssm"] = Field("auto", json_schema_extra=OPERATIONAL)
+    backend: Literal["auto", "torch", "mamba_ssm", "triton"] = Field("auto", json_schema_extra=OPERATIONAL)
     """Kernel family; ``auto`` is the fastest that is installed and tested where the layer runs, ``torch`` on a CPU."""
 
     @classmethod
@@ -105,7 +105,7 @@ class GLASpec(Section):
     """Value channels a head."""
     gate_rank: int | None = Field(None, ge=1, le=MAX_WIDTH)
     """Rank of the decay gate's projection; none means full rank."""
-    gate_normalizer: float = Field(16.0, gt=0)
+    gate_normalizer: float = Field(16.0, gt=0, le=1e6)
     """tau: log decay = logsigmoid(gate) / tau (equation 4 of the paper, section 4.4)."""
     chunk_size: int = Field(64, ge=1, le=1024, json_schema_extra=OPERATIONAL)
     """Tokens a chunk of the chunked form, a power of two or the one below: speed and memory, never the result."""
@@ -129,7 +129,7 @@ class AttentionSpec(Section):
     """Key and value heads; a divisor of n_heads."""
     head_dim: int = Field(128, ge=2, le=512)
     """Channels a head; even, for the rotation."""
-    rope_theta: float = Field(10000.0, gt=0)
+    rope_theta: float = Field(10000.0, gt=0, le=1e12)
     """Base of the rotary frequencies (Su et al. 2021)."""
     qk_norm: bool = False
     """RMS-normalise queries and keys a head before the rotation."""

@@ -16,6 +16,7 @@ from pydantic_core import to_jsonable_python
 
 from model.spec import ModelSpec
 from pipelines.gates_graph import needed_before, placement_faults, standing_before
+from pipelines.gates_names import name_faults
 from pipelines.graph import Registry, in_order, input_name, is_path
 from pipelines.recipe import Recipe
 from stages.base import ConfigError, Fault, Stage, without_operational
@@ -104,6 +105,7 @@ def build_chain(recipe: Recipe, runs: Path, stages: Registry) -> Chain:
     within = {name: dict(_parents_within(kinds[name], config)) for name, config in recipe.stages.items()}
     nodes: dict[str, Node] = {}
     faults = placement_faults(recipe, kinds, {name: list(parents.values()) for name, parents in within.items()})
+    faults += name_faults(recipe, kinds)
     first = {} if faults else needed_before(recipe, kinds)
     for name in in_order({name: [*parents.values(), *first.get(name, ())] for name, parents in within.items()}):
         if any(parent not in nodes for parent in within[name].values()):

@@ -24,6 +24,8 @@ _NOTES: dict[End, str] = {
     "context": "; cut where the model's max_seq_len ends, /reset starts anew",
 }
 
+YOU = "you"
+
 
 @dataclasses.dataclass
 class Voice:
@@ -43,7 +45,7 @@ class Answer:
 
 
 class Session:
-    """Reads lines and answers them; answers go to stdout, everything else to stderr."""
+    """Reads lines and answers them; who says what goes to stdout, everything else to stderr."""
 
     def __init__(self, speakers: Sequence[Speaker], settings: Settings, system: str | None, interactive: bool) -> None:
         self.voices = [Voice(speaker) for speaker in speakers]
@@ -51,7 +53,7 @@ class Session:
         self._restart()
 
     def run(self, lines: Iterable[str]) -> None:
-        """Answer every line until they end or one says ``/exit``."""
+        """Answer every line until they end or one says ``/exit``; what was not typed at a prompt is repeated."""
         for line in lines:
             line = line.rstrip("\n").strip()
             if line in ("/exit", "/quit"):
@@ -59,7 +61,10 @@ class Session:
             if line.startswith("/") and not line.startswith("//"):
                 self._command(line)
             elif line:
-                self._round(line[1:] if line.startswith("//") else line)
+                text = line[1:] if line.startswith("//") else line
+                if not self.interactive:
+                    print(f"{YOU}> {harmless(text)}", flush=True)
+                self._round(text)
 
     def _command(self, line: str) -> None:
         word, _, rest = line.partition(" ")
@@ -87,11 +92,9 @@ class Session:
             self._together(text)
 
     def _alone(self, voice: Voice, text: str) -> None:
-        if self.interactive:
-            print(f"{voice.speaker.label}> ", end="", flush=True)
+        print(f"{voice.speaker.label}> ", end="", flush=True)
         answer = self._ask(voice, text, lambda part: print(part, end="", flush=True))
-        if answer.said or self.interactive:
-            print(flush=True)
+        print(flush=True)
         _tell(answer.note)
 
     def _together(self, text: str) -> None:
@@ -167,7 +170,7 @@ def typed_lines() -> Iterator[str]:
 
     while True:
         try:
-            yield input("you> ")
+            yield input(f"{YOU}> ")
         except KeyboardInterrupt:
             _tell("\n/exit or Ctrl-D ends")
         except EOFError:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from pipelines import environment
 from pipelines.run import CommandError, Parser, add_recipe_options, command_line
 
 __all__ = ["CommandError", "Parser", "add_recipe_options", "guarded", "load_chain", "run_command"]
@@ -42,6 +43,9 @@ def run_command(node: Node, options: argparse.Namespace) -> str:
 
 def guarded(act: Callable[[], int]) -> int:
     """``act``'s exit code; 2 and a line on stderr for each fault of the user's, 1 when interrupted."""
+    if missing := environment.fault(sys.argv):
+        print(missing, file=sys.stderr)
+        return 2
     from data.errors import DataError
     from stages.base import EXIT_CONFIG, EXIT_FAILED, ConfigError
     from stages.runtime.artifact import ArtifactError

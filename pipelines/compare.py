@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,6 +53,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("variants", nargs="+", metavar="NAME", help="model stages, or evaluate stages; at least two")
     add_recipe_options(parser)
     parser.add_argument("--metric", action="append", default=[], metavar="NAME", help="bpb/de, bpb or '*/de'")
+    parser.add_argument("--verbose", action="store_true", help="where sets differ, a line for every score")
     parser.add_argument("--no-samples", action="store_true", help="leave out what the variants said")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page")
@@ -74,10 +75,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def _compare(options: argparse.Namespace, stages: Registry | None) -> int:
     import json
 
-    from pipelines.comparison import compare, plain
+    from pipelines.comparison import UnlikeError, compare, plain
+    from stages.base import ConfigError
 
     chain = load_chain(options, stages)
-    found = compare(evaluations(chain, options), options.metric)
+    try:
+        found = compare(evaluations(chain, options), options.metric)
+    except UnlikeError as error:
+        raise ConfigError(error.every if options.verbose else error.faults) from error
     if options.html is not None:
         from pipelines.compare_page import write_page
 
@@ -117,9 +122,21 @@ def evaluations(chain: Chain, options: argparse.Namespace) -> dict[str, list[Eva
             found[Path(name).name] = [read_evaluation(stage, directory) for stage, directory in places]
     if not faults and len(found) < len(options.variants):
         faults.append(_fault(f"must be artifacts of different names; got {' '.join(options.variants)}"))
+    faults += [] if faults else _same_twice(found)
     if faults:
         raise ConfigError(faults)
     return found
+
+
+def _same_twice(found: Mapping[str, Sequence[Evaluation]]) -> list[Fault]:
+    """Variants that are one evaluation under two names: their difference is no finding, and would be shown as one."""
+    seen: dict[tuple[Path, ...], str] = {}
+    faults = []
+    for name, those in found.items():
+        first = seen.setdefault(tuple(one.directory.resolve() for one in those), name)
+        if first != name:
+            faults.append(_fault(f"must be different evaluations; {first} and {name} are the same one; leave one out"))
+    return faults
 
 
 def _fault(message: str) -> Fault:
@@ -138,7 +155,10 @@ def _elsewhere(name: str) -> list[tuple[str, Path]]:
     record = read_record(directory)
     if record is None or record["state"] != "done" or not (directory / "output" / SCORES).is_file():
         state = "no artifact is there" if record is None else f"{record.get('kind')}, {record['state']}"
-        raise ConfigError(_fault(f"must be the directory of a finished evaluation; got {name} ({state})"))
+        way = "set runs/<pipeline>/<evaluation>-<key>"
+        if record is None and read_record(directory.parent) is not None:
+            way = f"set the artifact itself, {directory.parent}"
+        raise ConfigError(_fault(f"must be the directory of a finished evaluation; got {name} ({state}); {way}"))
     return [(str(record["stage"]), directory)]
 
 
@@ -187,8 +207,34 @@ def score_lines(comparison: Comparison) -> list[str]:
         shown += [f"-- {suite}", *lines[:count]]
         lines = lines[count:]
     shown = shown if suites else ["no score is in every variant"]
-    shown += [f"{name}: only in {', '.join(having) or 'none'}" for name, having in comparison.partial.items()]
-    return [*shown, "", *NOTE]
+    shown += _partial_lines(comparison)
+    return [*shown, "", *verdict_lines(comparison), *NOTE]
+
+
+def verdict_lines(comparison: Comparison) -> list[str]:
+    """What each variant is better and worse in, by name, and how many scores say neither."""
+    baseline, *others = comparison.variants
+    lines = []
+    for place, name in enumerate(others):
+        by_verdict: dict[str, list[str]] = {}
+        for row in comparison.rows:
+            by_verdict.setdefault(row.differences[place].verdict, []).append(row.name)
+        told = [
+            f"{verdict} in {', '.join(by_verdict.pop(verdict))}"
+            for verdict in ("better", "worse", "higher", "lower")
+            if verdict in by_verdict
+        ]
+        rest = [f"{len(names)} {verdict}" for verdict, names in by_verdict.items()]
+        lines.append(f"{name} against {baseline}: {'; '.join([*told, ', '.join(rest)] if rest else told)}")
+    return lines
+
+
+def _partial_lines(comparison: Comparison) -> list[str]:
+    """Scores that some variants lack, a line for those that are in the same ones."""
+    groups: dict[str, list[str]] = {}
+    for name, having in comparison.partial.items():
+        groups.setdefault(", ".join(having) or "none", []).append(name)
+    return [f"only in {having}: {', '.join(names)}" for having, names in groups.items()]
 
 
 def _cells(row: Row, others: Sequence[str]) -> list[list[str]]:

@@ -17,6 +17,34 @@ from stages.base import ConfigError, Fault
 
 SHORT = 12
 """Characters of a hash that are shown."""
+LINES = 8
+"""Lines in which a refusal is summed up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Unlike:
+    """One way in which a score of ``variant`` was not measured as the ``baseline``'s ``score``."""
+
+    score: Score
+    baseline: str
+    variant: str
+    what: str
+    mine: str
+    theirs: str
+
+    @property
+    def fault(self) -> Fault:
+        """As a fault of the score."""
+        message = f"must be measured with the same {self.what}; {self.baseline} has {self.mine}, {self.variant} has"
+        return Fault(self.score.name, f"{message} {self.theirs}; evaluate both with the same suites and data")
+
+
+class UnlikeError(ConfigError):
+    """Variants that were not measured alike: ``faults`` sums it up, ``every`` has each score."""
+
+    def __init__(self, found: Sequence[Unlike | Fault]) -> None:
+        super().__init__(summarised(found))
+        self.every = [one.fault if isinstance(one, Unlike) else one for one in found]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,25 +91,32 @@ def compare(evaluations: Mapping[str, Sequence[Evaluation]], wanted: Sequence[st
     """Compare the variants, by name, on the scores that fit one of the ``wanted`` patterns (all without any).
 
     Raises:
-        ConfigError: naming every score whose sets, versions or settings differ, and every pattern that fits nothing.
+        UnlikeError: where sets, versions, settings or items differ.
+        ConfigError: naming every pattern that fits nothing.
     """
     variants = list(evaluations)
     by_name = {name: _by_score(found) for name, found in evaluations.items()}
     names = list(dict.fromkeys(name for scores in by_name.values() for name in scores))
     chosen = _chosen(names, wanted)
-    rows, partial, faults = [], {}, []
+    rows: list[Row] = []
+    partial: dict[str, list[str]] = {}
+    faults: list[Unlike | Fault] = []
     for name in chosen:
         having = [variant for variant in variants if name in by_name[variant]]
         if len(having) < len(variants):
             partial[name] = having
             continue
         scores = [by_name[variant][name] for variant in variants]
-        found = mismatches(variants, scores)
+        found = _unlike(variants, scores)
         faults += found
-        if not found:
+        if found:
+            continue
+        try:
             rows.append(Row(scores, [difference(scores[0], score) for score in scores[1:]]))
+        except ConfigError as error:
+            faults += error.faults
     if faults:
-        raise ConfigError(faults)
+        raise UnlikeError(faults)
     return Comparison(variants, rows, beside([_samples(evaluations[name]) for name in variants]), partial)
 
 
@@ -162,16 +197,63 @@ def _chosen(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
 
 def mismatches(variants: Sequence[str], scores: Sequence[Score]) -> list[Fault]:
     """What keeps the scores from being compared (TRAPS M3); their sets, units, versions and settings must be one."""
-    first, faults = scores[0], []
+    return [one.fault for one in _unlike(variants, scores)]
+
+
+def _unlike(variants: Sequence[str], scores: Sequence[Score]) -> list[Unlike]:
+    first, found = scores[0], []
     for variant, score in zip(variants[1:], scores[1:], strict=True):
+        if first.set_hash != score.set_hash:
+            found.append(Unlike(first, variants[0], variant, "set", _set_of(first), _set_of(score)))
         for what, mine, theirs in (
-            ("set", first.set_hash[:SHORT], score.set_hash[:SHORT]),
             ("unit", first.unit, score.unit),
             ("suite version", first.suite_version, score.suite_version),
-            ("decoding", first.decoding, score.decoding),
-            ("settings", dict(first.settings), dict(score.settings)),
+            ("decoding", first.decoding or {}, score.decoding or {}),
+            ("settings", first.settings, score.settings),
         ):
-            if mine != theirs if what != "set" else first.set_hash != score.set_hash:
-                message = f"must be measured with the same {what}; {variants[0]} has {mine}, {variant} has {theirs}"
-                faults.append(Fault(first.name, f"{message}; evaluate both with the same suites and data"))
-    return faults
+            if mine != theirs:
+                found.append(Unlike(first, variants[0], variant, what, *_apart(mine, theirs)))
+    return found
+
+
+def _set_of(score: Score) -> str:
+    return f"{score.set_hash[:SHORT]} ({score.counted})"
+
+
+def _apart(mine: Any, theirs: Any) -> tuple[str, str]:
+    """Two values in words; of two mappings only what is not the same."""
+    if not isinstance(mine, Mapping):
+        return str(mine), str(theirs)
+    names = [name for name in dict.fromkeys([*mine, *theirs]) if mine.get(name) != theirs.get(name)]
+    one, other = (", ".join(f"{name} {_cut(given.get(name))}" for name in names) for given in (mine, theirs))
+    return one, other
+
+
+def _cut(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 2 * SHORT else f"{text[:SHORT]}..."
+
+
+def summarised(faults: Sequence[Unlike | Fault]) -> list[Fault]:
+    """A line a suite and variant, at most ``LINES``; all that differs stands in the first of its scores."""
+    groups: dict[tuple[str, str], list[Unlike]] = {}
+    for one in faults:
+        if isinstance(one, Unlike):
+            groups.setdefault((one.score.suite, one.variant), []).append(one)
+    lines = [_line(members) for members in groups.values()]
+    lines += [one for one in faults if isinstance(one, Fault)]
+    left = len(lines) - LINES
+    way = "--verbose lists every score; --metric NAME compares those that were measured alike"
+    more = f"{left} more suites or variants differ; " if left > 0 else ""
+    return [*lines[:LINES], Fault("compare", f"{more}{way}")]
+
+
+def _line(members: Sequence[Unlike]) -> Fault:
+    """What keeps one suite's scores apart, shown by the first of them."""
+    names = list(dict.fromkeys(one.score.name for one in members))
+    ways: dict[str, Unlike] = {}
+    for one in members:
+        ways.setdefault(one.what, one)
+    shown = names[0] if len(names) == 1 else f"{len(names)} scores, such as {names[0]},"
+    said = "; ".join(f"{one.what} {one.mine} in {one.baseline}, {one.theirs} in {one.variant}" for one in ways.values())
+    return Fault(members[0].score.suite, f"{shown} must be measured alike to be compared; {said}")

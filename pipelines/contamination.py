@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from data.clean_config import EVALUATION_SETS
 from pipelines.chain import Chain, Node
 from pipelines.scores import SCORED
-from stages.clean import EVALUATION_SETS, CleanConfig
+from stages.clean import CleanConfig
 from stages.stream import StreamConfig
 
 
@@ -30,18 +31,24 @@ def _measured(chain: Chain) -> Iterator[Node]:
 
 
 def _stream_notes(chain: Chain) -> list[str]:
-    """A stream is read as it comes: nobody has looked for the sets in it."""
+    """A stream is read as it comes: nobody has looked in it for the sets that the stage does not name."""
     found: dict[str, set[str]] = {}
     for node in _measured(chain):
         sets = {parent.name for parent in chain.parents(node) if parent.stage.produces in EVALUATION_SETS}
         for name in chain.ancestors(node.name) if sets else ():
-            if isinstance(chain.nodes[name].job.config, StreamConfig):
-                found.setdefault(name, set()).update(sets)
-    return [
-        f"{name} reads its text as it comes, and is not kept clean of {', '.join(sorted(sets))}: scores on them may be "
-        "learnt by heart; clean the text first where they decide"
-        for name, sets in found.items()
-    ]
+            stream = chain.nodes[name]
+            if isinstance(config := stream.job.config, StreamConfig):
+                found.setdefault(name, set()).update(sets - {*stream.parents.values(), *config.decontaminate.unchecked})
+    return [_stream_note(chain, name, sorted(sets)) for name, sets in found.items() if sets]
+
+
+def _stream_note(chain: Chain, name: str, sets: list[str]) -> str:
+    fields = {chain.nodes[one].stage.produces: one for one in sets}
+    ways = ", ".join(f"{name}.{field}={one}" for field, one in fields.items())
+    return (
+        f"{name} reads its text as it comes, and is not kept clean of {', '.join(sets)}: scores on them may be learnt "
+        f"by heart; set {ways}, or name them in {name}.decontaminate.unchecked"
+    )
 
 
 def _harness_notes(chain: Chain) -> list[str]:

@@ -106,6 +106,9 @@ def _against_faults(recipe: Recipe, kinds: Kinds, name: str, gate: GateConfig) -
         yield f"must be a model stage, since {subject} has no parent in this recipe; got parent; set max or min instead"
     elif model not in models:
         near = suggestion(model, models, "other model stage")
+        measured = getattr(recipe.stages.get(model), SUBJECT, None)
+        if model in recipe.stages and kinds[model].produces == SCORED and measured in models:
+            near = f"set {measured}, which {model} measures"
         yield f"must be parent or another model stage of {recipe.name}; got {model!r}; {near}"
     elif not evaluators_of(recipe, kinds, model):
         yield f"must be measured as well; no evaluate stage has `from: {model}`; add one with the same suites"

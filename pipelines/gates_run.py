@@ -63,6 +63,8 @@ def settle(chain: Chain, node: Node, words: Sequence[str] = (), quiet: bool = Fa
         print(f"{node.name}: its gates cannot be judged: {error}", file=sys.stderr)
         return False
     _tell(node, found, {one.digest for one in added}, quiet)
+    if not quiet:
+        _tell_idle(node, found, words)
     closed = [one for one in found if one.closed]
     if closed or added or not quiet:
         why = _page(chain, node, found)
@@ -146,6 +148,14 @@ def _tell(node: Node, found: Sequence[Judgement], new: Collection[str], quiet: b
             print(line(one), file=sys.stderr)
         elif one.digest in new or (not quiet and one.state != "passed"):
             print(line(one), flush=True)
+
+
+def _tell_idle(node: Node, found: Sequence[Judgement], words: Sequence[str]) -> None:
+    """Overrides that let nothing pass: what they name is open, and nothing is recorded for them."""
+    for word in words:
+        overrides = [one for one in found if _is_named(one, [word]) and one.stops]
+        if word.partition(":")[0] == node.name and not overrides:
+            print(f"{node.name}: {FLAG} {word} overrides nothing: no gate that it names is closed", flush=True)
 
 
 def _page(chain: Chain, node: Node, found: Sequence[Judgement]) -> str:

@@ -19,6 +19,7 @@ from pipelines.chain import Chain, Node
 from pipelines.gates_graph import gates_of
 from pipelines.gates_run import is_open, settle, unmeasured_faults
 from pipelines.interrupts import Interrupts
+from pipelines.last_words import last_words
 from pipelines.single import CommandFor, needed
 from pipelines.staleness import extension_notes, standing
 from stages.base import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_SAVED, ConfigError, Fault
@@ -26,6 +27,7 @@ from stages.runtime import artifact
 from stages.runtime.artifact import ArtifactError, Job, has_gpu
 from stages.runtime.distributed import STOP_FILE
 from stages.runtime.lock import busy
+from stages.runtime.stop_file import clear_old
 
 WARDEN = Path(__file__).resolve().parent / "warden.py"
 GRACE_S = 300.0
@@ -61,9 +63,13 @@ def run_all(
             left = _left(chain, chosen)
             if not all([settle(chain, node, overrides) for node in chosen if node not in left]):
                 return EXIT_FAILED
-            return _run_left(chain, left, argv_for, interrupts, grace_s)
+            code, ended = _run_left(chain, left, argv_for, interrupts, grace_s)
         finally:
             finish()
+    # A launcher says more of a rank's end than anyone wants to know, and what matters scrolls away.
+    if ended and (words := last_words(ended, code, command_for)):
+        print(words, file=sys.stderr, flush=True)
+    return code
 
 
 def _left(chain: Chain, chosen: Sequence[Node]) -> list[Node]:
@@ -82,15 +88,18 @@ def _baselines(chain: Chain, node: Node) -> Sequence[str]:
     return chain.first.get(node.name, ()) if gates_of(node.job.config) else ()
 
 
-def _run_left(chain: Chain, left: Sequence[Node], argv_for: Argv, interrupts: Interrupts, grace_s: float) -> int:
+def _run_left(
+    chain: Chain, left: Sequence[Node], argv_for: Argv, interrupts: Interrupts, grace_s: float
+) -> tuple[int, Sequence[Node]]:
+    """The exit code, and the stages of the child that ended with it where that is not 0 (none was begun: no stage)."""
     for nodes in together(left):
         if interrupts.requested:
             print(f"{nodes[0].name}: not started, asked to stop; the same command goes on from here", flush=True)
-            return EXIT_SAVED
+            return EXIT_SAVED, []
         for node in nodes:
             if said := busy(node.job.directory):
                 print(f"{node.name}: {said}", file=sys.stderr)
-                return EXIT_FAILED
+                return EXIT_FAILED, []
             print(f"{node.name}: {'; '.join(standing(node).reasons) or 'its gates are judged anew'}", flush=True)
             for note in extension_notes(node):
                 print(f"note: {note}", flush=True)
@@ -99,8 +108,8 @@ def _run_left(chain: Chain, left: Sequence[Node], argv_for: Argv, interrupts: In
         if code == EXIT_DONE and not is_open(chain, nodes[-1]):
             code = EXIT_FAILED
         if code != EXIT_DONE:
-            return code
-    return EXIT_DONE
+            return code, nodes
+    return EXIT_DONE, []
 
 
 def together(nodes: Sequence[Node]) -> list[list[Node]]:
@@ -127,7 +136,9 @@ def run_child(nodes: Sequence[Node], argv: Sequence[str], interrupts: Interrupts
     stop_file = nodes[0].job.directory / STOP_FILE
     stop = ["--stop-file", str(stop_file)] if launched else []
     command = [sys.executable, str(WARDEN), *stop, "--grace-s", str(grace_s), "--", *argv]
-    # One from before this run is no request to this run.
+    if removed := clear_old(nodes[0].name, stop_file.parent, started_s=0.0):
+        print(removed, flush=True)
+    # One from before this run is no request to this run, however shortly before.
     stop_file.unlink(missing_ok=True)
     # A pipe that only this process holds open: its end tells the warden that we are gone.
     process = subprocess.Popen(

@@ -13,6 +13,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+if __name__ == "__main__":
+    from pipelines.environment import fault
+
+    if missing := fault(sys.argv):
+        sys.exit(print(missing, file=sys.stderr) or 2)
+
 from pipelines.lineage_read import (
     SHORT,
     Node,

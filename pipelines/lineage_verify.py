@@ -77,7 +77,8 @@ def _edge_faults(node: Node) -> Iterator[str]:
     for edge in node.edges:
         now = read_node(edge.directory).digest
         if now != edge.digest:
-            yield f"{node.directory}: was made from {edge.name} {edge.digest[:SHORT]}; now it is {now}"
+            state = "which is gone" if now is None else f"which is {now[:SHORT]} now"
+            yield f"{node.directory}: was made from {edge.name} {edge.digest[:SHORT]}, {state}"
     taken = {edge.digest for edge in node.edges}
     for field, link in node.record.get("parents", {}).items():
         digest = (link or {}).get("digest")

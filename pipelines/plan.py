@@ -15,6 +15,7 @@ from pipelines.preflight import device_notes
 from pipelines.staleness import Standing, extension_notes, standings
 from pipelines.table import figure, size, table
 from stages.runtime.artifact import has_gpu, shown
+from stages.runtime.lifecycle import fitted_note
 
 
 def plan(chain: Chain, world_size: int, price_per_gpu_hour: float | None = None) -> dict[str, Any]:
@@ -28,6 +29,7 @@ def plan(chain: Chain, world_size: int, price_per_gpu_hour: float | None = None)
         "stages": [_stage(node, found[node.name], world_size, price_per_gpu_hour) for node in chain],
         "notes": [
             *device_notes(chain, has_gpu()),
+            *_fitted_notes(chain, world_size),
             *contamination_notes(chain),
             *(note for node in chain for note in extension_notes(node)),
             *gate_notes(chain),
@@ -58,13 +60,25 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
         if stage["budget"]:
             lines += [f"  {line}" for line in budget_lines(stage["budget"])]
     lines += ["", *(f"note: {note}" for note in plan["notes"])] if plan["notes"] else []
-    # A finished stage has its bytes on the disk already.
-    wanted = sum(stage["figures"].get("disk_bytes", 0) for stage in stages if stage["state"] not in ("done", "longer"))
-    left = [stage["stage"] for stage in stages if stage["state"] not in ("done", "longer")]
-    longer = [stage["stage"] for stage in stages if stage["state"] == "longer"]
-    lines += ["", f"as the recipe stands, a run of {', '.join(longer)} would be refused: see why"] if longer else []
-    lines += ["", f"disk: at least {size(wanted)} wanted by what is left, {size(plan['free_bytes'])} free"]
-    return [*lines, f"left to do: {', '.join(left)}" if left else "all done"]
+    left = [stage["stage"] for stage in stages if stage["state"] not in ("done", "longer", "damaged")]
+    refused = [stage["stage"] for stage in stages if stage["state"] in ("longer", "damaged")]
+    lines += ["", f"as the recipe stands, a run of {', '.join(refused)} would be refused: see why"] if refused else []
+    lines += ["", _disk_line([stage for stage in stages if stage["stage"] in left], plan["free_bytes"])]
+    if left:
+        lines.append(f"left to do: {', '.join(left)}")
+    return lines if left or refused else [*lines, "all done"]
+
+
+def _disk_line(left: list[dict[str, Any]], free_bytes: int) -> str:
+    """What the stages that are left want of the disk, and which of them nobody can say it of beforehand.
+
+    A finished stage has its bytes on the disk already.
+    """
+    known = [stage["figures"]["disk_bytes"] for stage in left if "disk_bytes" in stage["figures"]]
+    unknown = ", ".join(stage["stage"] for stage in left if "disk_bytes" not in stage["figures"])
+    said = [f"at least {size(sum(known))} wanted by what is left"] if known else []
+    said += [f"not known beforehand of {unknown}"] if unknown else []
+    return f"disk: {', '.join([*said, f'{size(free_bytes)} free'])}"
 
 
 def gate_notes(chain: Chain) -> list[str]:
@@ -84,6 +98,16 @@ def gate_notes(chain: Chain) -> list[str]:
     return notes + [line(one) for found in judged(chain).values() for one in found if one.closed]
 
 
+def _fitted(node: Node, world_size: int) -> Any:
+    return node.stage.fitted(node.job.config, world_size if node.stage.launched else 1)
+
+
+def _fitted_notes(chain: Chain, world_size: int) -> list[str]:
+    """What stages will set otherwise on that many ranks."""
+    notes = (fitted_note(node.name, node.job.config, _fitted(node, world_size), world_size) for node in chain)
+    return [note for note in notes if note]
+
+
 def _stage(node: Node, found: Standing, world_size: int, price_per_gpu_hour: float | None) -> dict[str, Any]:
     job = node.job
     return {
@@ -97,7 +121,7 @@ def _stage(node: Node, found: Standing, world_size: int, price_per_gpu_hour: flo
         },
         "state": found.state,
         "reasons": found.reasons,
-        "figures": dict(node.stage.plan(job.config, job.model, world_size)),
+        "figures": dict(node.stage.plan(_fitted(node, world_size), job.model, world_size)),
         "budget": budget(node, world_size, price_per_gpu_hour),
     }
 

@@ -31,6 +31,8 @@ def refuse_early(chain: Chain, nodes: Iterable[Node], world_size: int | None, ha
     for node in nodes:
         if not standing(node).done:
             found = [*_own_faults(chain, node), *_device_faults(node, world_size, has_gpu)]
+            # A plan may be made where the recipe will not run.
+            found += node.stage.check_reach(node.job.config) if has_gpu is not None else []
             faults += [chain.recipe.fault(f"{node.name}.{fault.path}", fault.message) for fault in found]
     if faults:
         raise ConfigError(list(dict.fromkeys(faults)))
@@ -55,6 +57,10 @@ def _own_faults(chain: Chain, node: Node) -> list[Fault]:
     known = {field: _sources(chain, parent) for field, parent in node.parents.items()}
     faults = node.stage.check_sources(job.config, {field: names for field, names in known.items() if names})
     finished = dict(_finished(chain, node))
+    awaited = {field: chain.nodes[name].job.config for field, name in node.parents.items() if field not in finished}
+    faults += node.stage.check_parent_configs(job.config, awaited)
+    beside = {field: chain.nodes[name].job.config for field, name in node.parents.items()}
+    faults += node.stage.check_beside(job.config, beside)
     try:
         return faults + (node.stage.check_parents(job.config, job.model, finished) if finished else [])
     except (ValueError, KeyError, OSError):

@@ -15,11 +15,15 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
+KERNEL_CACHE = ROOT / ".cache" / "kernels"
+MAX_RANKS = 100_000
+MAX_PRICE = 1_000_000
 
 if __name__ == "__main__":
     # For a script Python looks in its own folder first, where the rooms are not found and our modules shadow others.
@@ -33,6 +37,11 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None, stages: Registry | None = None) -> int:
     """Do what the command line says and return the exit code; ``stages`` stands in for the registry in tests."""
+    from pipelines.environment import fault
+
+    if missing := fault(sys.argv):
+        print(missing, file=sys.stderr)
+        return 2
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
         return _act(options, _registry(stages))
@@ -62,6 +71,17 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, but options that there are not are named first, each with the nearest one that there is."""
+        from pipelines.suggest import listed, options_in
+
+        words = [word.partition("=")[0] for word in (sys.argv[1:] if args is None else args)]
+        unknown = [word for word in options_in(words) if word not in self._option_string_actions]
+        if unknown:
+            known = [option.lstrip("-") for option in self._option_string_actions if option not in ("-h", "--help")]
+            self.error(f"unknown {listed(unknown, known)}")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise ``CommandError`` in place of printing the usage."""
@@ -104,6 +124,16 @@ def _parser() -> argparse.ArgumentParser:
         "--override-gate", action="append", default=[], metavar="STAGE[:METRIC]",
         help="go on past a closed gate of this evaluate stage, on record",
     )  # fmt: skip
+    kernels = parser.add_argument_group("kernels")
+    kernels.add_argument(
+        "--require-fast-kernels", action="store_true",
+        help="refuse a training stage with a layer that no kernel tested for the device takes",
+    )  # fmt: skip
+    kernels.add_argument("--warm-up", action="store_true", help="with --stage: compile and tune kernels, train nothing")
+    kernels.add_argument(
+        "--cache-dir", type=Path, default=KERNEL_CACHE, metavar="DIR",
+        help="where compiled and tuned kernels are kept (.cache/kernels)",
+    )  # fmt: skip
     limits = parser.add_argument_group("with --all")
     limits.add_argument("--from", dest="first", metavar="NAME", help="leave out the stages that do not depend on it")
     limits.add_argument("--until", dest="last", metavar="NAME", help="stop after this stage")
@@ -141,14 +171,21 @@ def without_local_rank(argv: Sequence[str]) -> list[str]:
 def _check_combination(options: argparse.Namespace) -> None:
     if (options.first or options.last) and not options.all:
         raise CommandError("--from and --until belong to --all; see --help")
+    if options.warm_up and not options.stage:
+        raise CommandError("--warm-up belongs to --stage; see --help")
+    if options.require_fast_kernels and not (options.all or options.stage):
+        raise CommandError("--require-fast-kernels belongs to --all and --stage; see --help")
     if options.num_gpus is not None and not (options.all or options.plan):
         raise CommandError("--num_gpus belongs to --all and --plan; with --stage give it to deepspeed, before run.py")
     if options.override_gate and not (options.all or options.stage):
         raise CommandError("--override-gate belongs to --all and --stage; see --help")
-    if options.num_gpus is not None and options.num_gpus < 1:
-        raise CommandError(f"--num_gpus must be at least 1; got {options.num_gpus}")
-    if options.price_per_gpu_hour is not None and not (options.plan and options.price_per_gpu_hour >= 0):
-        raise CommandError("--price_per_gpu_hour belongs to --plan and must not be negative; see --help")
+    if options.num_gpus is not None and not 1 <= options.num_gpus <= MAX_RANKS:
+        raise CommandError(f"--num_gpus must be from 1 to {MAX_RANKS}; got {options.num_gpus}; set the devices to use")
+    price = options.price_per_gpu_hour
+    if price is not None and not options.plan:
+        raise CommandError("--price_per_gpu_hour belongs to --plan; see --help")
+    if price is not None and not 0 <= price <= MAX_PRICE:
+        raise CommandError(f"--price_per_gpu_hour must be a number from 0 to {MAX_PRICE}; got {price}; set a price")
     if options.json and not (options.plan or options.status):
         raise CommandError("--json belongs to --plan and --status; see --help")
 
@@ -171,26 +208,60 @@ def _act(options: argparse.Namespace, stages: Registry) -> int:
     if ranks > 1 and not options.stage:
         raise CommandError("only --stage runs under a launcher; start --all, --plan and --status with python")
     chain = _chain(options, stages)
-    if options.plan:
-        return _show_plan(chain, options)
     if options.status:
-        return _show_status(chain, options)
+        from pipelines.show import show_status
+
+        return show_status(chain, options)
     _require_writable(options.runs)
+    if options.plan:
+        from pipelines.show import show_plan
+
+        return show_plan(chain, options)
+    from stages.runtime.console import without_readers
+
+    with without_readers():
+        return _run(chain, options)
+
+
+def _run(chain: Chain, options: argparse.Namespace) -> int:
     if options.all:
         return _run_all(chain, options)
+    _settle_kernels(chain, [chain.nodes[name] for name in options.stage], options)
+    if options.warm_up:
+        from pipelines.warm_up import warm
+
+        return warm(chain, options.stage)
     from pipelines.single import run_stages
 
     said = options.override_gate
     return run_stages(chain, options.stage, _surroundings(chain), lambda node: command_line(node, options), said)
 
 
+def _settle_kernels(chain: Chain, nodes: Sequence[Node], options: argparse.Namespace) -> None:
+    from stages.runtime.kernel_cache import use_kernel_cache
+
+    use_kernel_cache(options.cache_dir.absolute())
+    if options.require_fast_kernels:
+        from pipelines.fast_kernels import refuse_slow
+
+        refuse_slow(chain, nodes)
+
+
 def _require_writable(runs: Path) -> None:
+    """Refuse a folder in which nothing could be made; nothing is left there."""
     there = runs.absolute()
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        fault = "is no folder" if not there.is_dir() else "cannot be written"
-        raise CommandError(f"--runs must be a folder that can be written; got {runs}: {there} {fault}; name another")
+    try:
+        while not there.exists():
+            there = there.parent
+        # What the permissions say is not all: a file system may be read-only, or none to keep files in.
+        Path(tempfile.mkdtemp(prefix=".writable-", dir=there)).rmdir()
+    except NotADirectoryError:
+        fault = f"{there} is no folder"
+    except OSError as error:
+        fault = f"{there} cannot be written ({error.strerror})"
+    else:
+        return
+    raise CommandError(f"--runs must be a folder that can be written; got {runs}: {fault}; name another")
 
 
 def _registry(stages: Registry | None) -> Registry:
@@ -237,40 +308,17 @@ def _refuse_training(chain: Chain, names: list[str]) -> None:
         )
 
 
-def _show_plan(chain: Chain, options: argparse.Namespace) -> int:
-    from pipelines.plan import plan, plan_lines
-    from pipelines.preflight import refuse_early
-
-    refuse_early(chain, chain, options.num_gpus, None)
-    found = plan(chain, options.num_gpus or 1, options.price_per_gpu_hour)
-    _print(found, plan_lines(found), options.json)
-    return 0
-
-
-def _show_status(chain: Chain, options: argparse.Namespace) -> int:
-    from pipelines.status import status, status_lines
-    from pipelines.table import terminal_width
-
-    entries = status(chain)
-    _print(entries, status_lines(entries, terminal_width()), options.json)
-    return 0
-
-
-def _print(data: object, lines: list[str], as_json: bool) -> None:
-    import json
-
-    print(json.dumps(data, indent=1) if as_json else "\n".join(lines))
-
-
 def _run_all(chain: Chain, options: argparse.Namespace) -> int:
     from pipelines.contamination import contamination_notes
     from pipelines.launch import run_all
     from pipelines.preflight import refuse_early, refuse_shorter
+    from pipelines.show import write_report
     from stages.runtime.artifact import has_gpu
 
     chosen = chain.selection(options.first, options.last)
     refuse_shorter(chain, chosen)
     refuse_early(chain, chosen, options.num_gpus, has_gpu())
+    _settle_kernels(chain, chosen, options)
     for note in contamination_notes(chain):
         print(f"note: {note}", flush=True)
     return run_all(
@@ -278,24 +326,9 @@ def _run_all(chain: Chain, options: argparse.Namespace) -> int:
         chosen,
         lambda nodes: stages_argv(nodes, options),
         lambda node: command_line(node, options),
-        finish=lambda: _write_report(chain),
+        finish=lambda: write_report(chain),
         overrides=options.override_gate,
     )
-
-
-def _write_report(chain: Chain) -> None:
-    """Write the report and say where; what goes wrong with it is one line and changes no exit code."""
-    from stages.runtime.artifact import shown
-    from stages.runtime.scrub import environment_secrets, scrub_text
-
-    try:
-        from pipelines.report import refresh_report
-
-        path, is_new = refresh_report(chain)
-        print(f"report: {shown(path)}{'' if is_new else ' (up to date)'}", flush=True)
-    except (Exception, SystemExit) as error:
-        said = " ".join(f"the report could not be written: {type(error).__name__}: {error}".split())
-        print(scrub_text(said, environment_secrets()), file=sys.stderr, flush=True)
 
 
 def _surroundings(chain: Chain) -> Surroundings:
@@ -313,6 +346,8 @@ def stages_argv(nodes: Sequence[Node], options: argparse.Namespace) -> list[str]
     start = launcher_argv(script, options.num_gpus) if nodes[0].stage.launched else [sys.executable, str(script)]
     names = [word for node in nodes for word in ("--stage", node.name)]
     names += [word for gate in options.override_gate for word in ("--override-gate", gate)]
+    names += ["--require-fast-kernels"] if options.require_fast_kernels else []
+    names += ["--cache-dir", str(options.cache_dir.absolute())]
     return [*start, *names, *_recipe_options(options), "--runs", str(options.runs.absolute())]
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.base import ConfigError
-from stages.runtime.artifact import ArtifactError
+from stages.runtime.artifact import RECORD, ArtifactError
+from stages.runtime.manifest import MANIFEST, CheckpointError, verify_manifest
 
 if TYPE_CHECKING:
     from pipelines.chain import Chain, Node
@@ -84,9 +85,10 @@ def read_evaluation(stage: str, directory: Path) -> Evaluation:
     """The evaluation in the artifact ``directory``, made by the stage of that name.
 
     Raises:
-        ArtifactError: naming the file that is missing or is not what ``evaluate`` writes.
+        ArtifactError: naming the file that is missing, was changed, or is not what ``evaluate`` writes.
     """
     output = directory / "output"
+    _verify(output, stage)
     plain = read_json(output / SCORES)
     samples = read_json(output / SAMPLES)["samples"] if (output / SAMPLES).is_file() else []
     items = read_json(output / ITEMS) if (output / ITEMS).is_file() else {}
@@ -99,6 +101,17 @@ def read_evaluation(stage: str, directory: Path) -> Evaluation:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         message = f"{output / SCORES} must hold scores as evaluate writes them; {type(error).__name__}: {error}"
         raise ArtifactError(f"{message}; run {stage} again") from error
+
+
+def _verify(output: Path, stage: str) -> None:
+    """Scores that were changed after they were sealed, or lost their items, must not be compared."""
+    # What was never sealed is read as it is; its writer vouches for it.
+    if (output.parent / RECORD).is_file() or (output / MANIFEST).is_file():
+        try:
+            verify_manifest(output)
+        except (CheckpointError, OSError) as error:
+            said = str(error).partition("; use another checkpoint")[0]
+            raise ArtifactError(f"{said}; restore it, or rm -r {output.parent} and run {stage} again") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

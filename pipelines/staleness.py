@@ -12,6 +12,7 @@ from pipelines.chain import Chain, Node
 from stages.base import Fault
 from stages.runtime import artifact
 from stages.runtime.artifact import ArtifactError
+from stages.runtime.manifest import damage_at_a_glance
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def standing(node: Node) -> Standing:
     if record["key"] != job.key:
         return Standing("failed", [f"{job.directory} belongs to another key; move it away"])
     if artifact.is_done(record, job):
-        return Standing("done", [], record)
+        return _damaged(node, record) or Standing("done", [], record)
     return _longer(node, record) or _unfinished(node, record)
 
 
@@ -70,6 +71,17 @@ def _unfinished(node: Node, record: Mapping[str, Any]) -> Standing:
     if state == "saved":
         return Standing("saved", [f"saved{at_step}"], record)
     return Standing("failed", [f"failed{at_step}: {record['error']}"], record)
+
+
+def _damaged(node: Node, record: Mapping[str, Any]) -> Standing | None:
+    """The standing of a finished artifact whose files are not those that were sealed, by names and sizes alone."""
+    damage = damage_at_a_glance(node.job.directory / "output", record.get("output_digest"))
+    if damage is None:
+        return None
+    there = artifact.shown(node.job.directory)
+    way = f"restore {there}/output, or rm -r {there} and run {node.name} again"
+    message = f"must be whole where it is finished; got an output in which {damage}; {way}"
+    return Standing("damaged", [f"damaged: {damage}; {way}"], record, Fault(node.name, message))
 
 
 def _longer(node: Node, record: Mapping[str, Any]) -> Standing | None:

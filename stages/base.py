@@ -72,6 +72,14 @@ def operational(default: Any = ..., **kwargs: Any) -> Any:
     return Field(default, json_schema_extra={"operational": True}, **kwargs)
 
 
+def later(default: Any, **kwargs: Any) -> Any:
+    """A field that changes the result, but came when artifacts stood already: at its default it is no part of the key.
+
+    ``default`` must compute what was computed before there was the field.
+    """
+    return Field(default, json_schema_extra={"later": True}, **kwargs)
+
+
 class Section(BaseModel):
     """A frozen configuration section that refuses unknown keys (TRAPS T7)."""
 
@@ -182,9 +190,41 @@ class Stage(ABC):
         return []
 
     @classmethod
+    def check_parent_configs(cls, config: Any, parents: Mapping[str, Any]) -> list[Fault]:
+        """Faults against the configs of parents that are not finished yet, by the input's field.
+
+        What a parent will be is known from its config as far as it computes it; ``check_parents`` sees what it became.
+        """
+        return []
+
+    @classmethod
+    def check_beside(cls, config: Any, parents: Mapping[str, Any]) -> list[Fault]:
+        """Faults against the configs of all parents within the recipe, finished or not, by the input's field."""
+        return []
+
+    @classmethod
+    def score_names(cls, config: Any, parents: Mapping[str, Any], sources: Mapping[str, list[str]]) -> list[str]:
+        """Names of the scores that the stage will give; one that ends in ``*`` stands for parts not known yet.
+
+        ``parents`` are configs and ``sources`` names of sources, by the input's field, where the recipe has them; a
+        stage that measures nothing, or does not say, has none.
+        """
+        return []
+
+    @classmethod
     def check_devices(cls, config: Any, world_size: int | None, has_gpu: bool | None) -> list[Fault]:
         """Faults of ``config`` on that many ranks with or without GPUs; None leaves either out of it."""
         return []
+
+    @classmethod
+    def check_reach(cls, config: Any) -> list[Fault]:
+        """Faults of what ``config`` reads from other machines; may ask them, and so is called before a run alone."""
+        return []
+
+    @classmethod
+    def fitted(cls, config: Any, world_size: int) -> Any:
+        """``config`` as that many ranks run it: operational fields alone may differ, towards what fits."""
+        return config
 
     @classmethod
     def source_names(cls, config: Any) -> Sequence[str] | None:
@@ -225,9 +265,11 @@ def operational_fields(config_type: type[BaseModel]) -> set[str]:
 
 
 def without_operational(value: Any, skipped: set[str] | None = None) -> Any:
-    """``value`` as plain data, operational fields left out at every depth, ``skipped`` names at the top only."""
+    """``value`` as plain data, operational fields left out at every depth, and so are ``later`` ones at their default;
+    ``skipped`` names at the top only.
+    """
     if isinstance(value, BaseModel):
-        leave = operational_fields(type(value)) | (skipped or set())
+        leave = operational_fields(type(value)) | _latecomers(value) | (skipped or set())
         return {
             name: without_operational(getattr(value, name)) for name in type(value).model_fields if name not in leave
         }
@@ -236,3 +278,13 @@ def without_operational(value: Any, skipped: set[str] | None = None) -> Any:
     if isinstance(value, list | tuple):
         return [without_operational(item) for item in value]
     return value
+
+
+def _latecomers(value: BaseModel) -> set[str]:
+    """Names of the ``later`` fields that have their default."""
+    found = set()
+    for name, field in type(value).model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("later") and getattr(value, name) == field.default:
+            found.add(name)
+    return found

@@ -24,10 +24,8 @@ from stages.base import (
     StageResult,
     operational,
 )
-from stages.runtime.sources import repeated_names, source_error, unreadable
-
-EVALUATION_SETS = ("tasks", "facts", "preferences", "messages", "problems")
-"""What the corpus can be kept clean of: inputs by what they produce."""
+from stages.runtime.decontamination import SET_INPUTS, absent, absent_files, file_revisions, open_index, set_line
+from stages.runtime.sources import repeated_names, source_error, unreachable, unreadable
 
 
 class CleanConfig(StageConfig):
@@ -71,13 +69,18 @@ class Clean(Stage):
     Config = CleanConfig
     code_version = 2
     produces = "corpus"
-    inputs: ClassVar[dict[str, Input]] = {name: Input(name, optional=True) for name in EVALUATION_SETS}
+    inputs: ClassVar[dict[str, Input]] = SET_INPUTS
 
     @classmethod
     def check(cls, config: CleanConfig, model: Any) -> list[Fault]:
         """Names must differ, one's own files be there, and what is named exist."""
         faults = repeated_names(config.sources) + unreadable(config.sources, FilesSource, check_files)
         return [*faults, *_absent_files(config), *_unknown_sources(config), *_executor_faults(config)]
+
+    @classmethod
+    def check_reach(cls, config: CleanConfig) -> list[Fault]:
+        """Data sets of the hub that cannot be streamed from here."""
+        return unreachable(config.sources)
 
     @classmethod
     def source_revisions(cls, config: CleanConfig) -> dict[str, str]:
@@ -90,8 +93,7 @@ class Clean(Stage):
             raise source_error(config.sources, error) from error
         if faults := _absent_files(config):
             raise ConfigError(faults)
-        # A name with a colon is none that a source may have.
-        found |= {f"decontaminate:{file.name}": revision(file.path) for file in config.decontaminate.files}
+        found |= file_revisions(config.decontaminate)
         return found | ({"quality:labels": revision(config.quality.labels)} if config.quality else {})
 
     @classmethod
@@ -124,6 +126,8 @@ class Clean(Stage):
         try:
             contamination, sets = _index(context, work)
             quality, calibration = _classifier(config, work, context.output)
+            if calibration and calibration["missed"]:
+                say(f"WARNING: {calibration['missed']}")
             content = Content(contamination, quality, tuple(config.quality.sources) if config.quality else ())
             cleaning = Cleaning(config.sources, config.dedup, config.form, content)
             folders = clean_documents(cleaning, context.cache, Steps(work, config.executor, config.workers), say)
@@ -140,11 +144,7 @@ class Clean(Stage):
 
 def _index(context: StageContext, work: Path) -> tuple[Path | None, dict[str, Any]]:
     """The file of the evaluation sets' runs of words, and what the report says of the sets."""
-    from data.clean_decontaminate import build_index, evaluation_sets
-
-    config = context.config.decontaminate
-    parents = {field: context.parent_output(field) for field in EVALUATION_SETS if field in context.parents}
-    index = build_index(config, evaluation_sets(parents, config.files))
+    config, index = context.config.decontaminate, open_index(context)
     facts = {"ngram": config.ngram, "min_words": config.min_words, "sets": [vars(one) for one in index.facts]}
     if not index.lengths:
         return None, facts
@@ -165,13 +165,10 @@ def _classifier(config: CleanConfig, work: Path, output: Path) -> tuple[Path | N
 
 
 def _absent_files(config: CleanConfig) -> list[Fault]:
-    named = [(f"decontaminate.files.{i}.path", file.path) for i, file in enumerate(config.decontaminate.files)]
-    named += [("quality.labels", config.quality.labels)] if config.quality else []
-    return [
-        Fault(field, f"must be an existing file; got {path}; set it to where the file lies")
-        for field, path in named
-        if not Path(path).is_file()
-    ]
+    faults, quality = absent_files(config.decontaminate), config.quality
+    return faults + (
+        [absent("quality.labels", quality.labels)] if quality and not Path(quality.labels).is_file() else []
+    )
 
 
 def _unknown_sources(config: CleanConfig) -> list[Fault]:
@@ -233,12 +230,12 @@ def _content_lines(described: list[dict[str, Any]], facts: dict[str, Any]) -> li
     lines = []
     for one in facts["decontamination"]["sets"]:
         dropped = sum(entry["dropped"].get(f"contaminated_{one['name']}", 0) for entry in described)
-        short = one["unchecked_items"]
-        lines.append(f"{one['name']}: {one['items']} items, {short} too short to look for; {dropped} documents removed")
+        lines.append(set_line(one["name"], one, f"{dropped} documents removed"))
     if quality := facts["quality"]:
         test, threshold = quality["test"], quality["threshold"]
         lines.append(
             f"classifier: on {test['n']} labels that chose nothing it keeps {test['kept']}, precision "
             f"{test['precision']} {test['precision_interval']}, recall {test['recall']}, threshold {threshold}"
         )
+        lines += [f"WARNING: {quality['missed']}"] if quality["missed"] else []
     return lines

@@ -24,11 +24,11 @@ class DpoConfig(FinetuneConfig):
     """Stage (or artifact path) whose pairs are trained on."""
     loss: Literal["sigmoid", "ipo", "hinge", "robust", "exo_pair", "apo_zero", "apo_down", "sigmoid_norm"] = "sigmoid"
     """Loss of a pair, by TRL's name: ``sigmoid`` is DPO, ``ipo`` is IPO (Azar et al. 2023) on means over tokens."""
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(0.1, gt=0, le=1000)
     """Weight of staying near the parent; for ``ipo`` it is tau: the margin aimed at is 1 / (2 beta) nats a token."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """Probability that a pair is labelled the wrong way round; read by ``robust`` and ``exo_pair`` alone."""
-    nll_weight: float = Field(0.0, ge=0)
+    nll_weight: float = Field(0.0, ge=0, le=1000)
     """Weight of the chosen answer's NLL, nats a token averaged over pairs; keeps its probability from sinking with the
     rejected one's (Pang et al. 2024). 0 leaves the term out."""
 

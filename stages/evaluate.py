@@ -36,7 +36,7 @@ class EvaluateConfig(StageConfig):
     """``problems`` stage whose problems ``code`` has solved."""
     facts: str | None = None
     """``facts`` stage whose facts ``margins`` scores."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, le=2**16)
     """Rows a forward. Part of the key: another one can move a token's nats by rounding (below 1e-4 of it in fp32)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of matrix products; weights and recurrent states are fp32 in either."""
@@ -89,7 +89,7 @@ class Evaluate(Stage):
 
     @classmethod
     def check_parents(cls, config: Any, model: ModelSpec | None, parents: Mapping[str, Path]) -> list[Fault]:
-        """Windows beyond the model's length; held-out tokens of another tokenizer than the model's (TRAPS K10)."""
+        """Windows beyond the model's length; held-out tokens of another tokenizer (TRAPS K10); gates on no score."""
         from data.shards import read_info
         from stages.runtime.warm_start import spec_of, tokenizer_faults
 
@@ -101,7 +101,21 @@ class Evaluate(Stage):
             faults += facts_faults(parents["facts"] / "output")
         if "data" in parents:
             faults += tokenizer_faults(output, read_info(parents["data"] / "output").tokenizer_digest)
-        return faults
+        return faults + made_gate_faults(config, parents)
+
+    @classmethod
+    def check_beside(cls, config: Any, parents: Mapping[str, Any]) -> list[Fault]:
+        """More questions of a task than any task of the recipe holds out."""
+        reasoning = config.suites.reasoning
+        if reasoning is None or reasoning.questions is None or "tasks" not in parents:
+            return []
+        most = max(choice.heldout for choice in parents["tasks"].tasks)
+        if reasoning.questions <= most:
+            return []
+        message = f"must be at most the {most} questions that {config.tasks} holds out of a task"
+        return [
+            Fault("suites.reasoning.questions", f"{message}; got {reasoning.questions}; set {most}, or none for all")
+        ]
 
     @classmethod
     def check_devices(cls, config: Any, world_size: int | None, has_gpu: bool | None) -> list[Fault]:
@@ -119,6 +133,14 @@ class Evaluate(Stage):
         """Content of the harness's local files."""
         tasks = config.suites.harness.files if config.suites.harness else ()
         return {f"harness/{task.name}": _revision(task) for task in tasks}
+
+    @classmethod
+    def score_names(cls, config: Any, parents: Mapping[str, Any], sources: Mapping[str, list[str]]) -> list[str]:
+        """Every score that the suites will give on the sets that ``parents`` make."""
+        from stages.runtime.suites.names import score_names
+        from stages.runtime.suites.sets import planned_sets
+
+        return score_names(config.suites, planned_sets(parents, sources))
 
     @classmethod
     def plan(cls, config: Any, model: ModelSpec | None, world_size: int) -> dict[str, Any]:
@@ -161,18 +183,33 @@ def facts_faults(output: Path) -> list[Fault]:
     return []
 
 
+def made_gate_faults(config: EvaluateConfig, parents: Mapping[str, Path]) -> list[Fault]:
+    """Gates on scores that the suites will not give on the sets that are finished."""
+    if not config.gates:
+        return []
+    from stages.runtime.suites.names import metric_faults, score_names
+    from stages.runtime.suites.sets import made_sets
+
+    safety = config.suites.safety
+    outputs = {field: path / "output" for field, path in parents.items()}
+    sets = made_sets(outputs, None if safety is None else safety.prompts)
+    return metric_faults(config.gates, score_names(config.suites, sets))
+
+
 def file_faults(config: EvaluateConfig) -> list[Fault]:
-    """Local tasks of the harness whose file is not there, or whose name another one has."""
-    tasks = config.suites.harness.files if config.suites.harness else ()
-    names = [*(config.suites.harness.local if config.suites.harness else ()), *(task.name for task in tasks)]
-    faults = []
-    for number, task in enumerate(tasks):
-        place = f"suites.harness.files[{number}]"
-        if task.type == "file" and not Path(task.path).is_file():
-            faults.append(Fault(f"{place}.path", f"must be a file; got {task.path}, which is none; set its path"))
-        if names.count(task.name) > 1:
-            faults.append(Fault(f"{place}.name", f"must be a task's own; got {task.name} twice; set another name"))
-    return faults
+    """Tasks of the harness that it does not know, whose file holds no questions, or whose name another one has."""
+    harness = config.suites.harness
+    if harness is None:
+        return []
+    from stages.runtime.suites.published import name_faults
+    from stages.runtime.suites.question_files import first_rows_faults
+
+    names = [*harness.local, *(task.name for task in harness.files)]
+    return [*name_faults(harness.tasks), *first_rows_faults(harness)] + [
+        Fault(f"suites.harness.files[{number}].name", f"must be a task's own; got {task.name} twice; set another name")
+        for number, task in enumerate(harness.files)
+        if names.count(task.name) > 1
+    ]
 
 
 def _revision(task: LocalTask) -> str:

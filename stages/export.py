@@ -36,15 +36,15 @@ class Formats(Section):
 class Bounds(Section):
     """Largest mean KL divergence, nats a token, of a format from the model in fp32; beyond it the stage fails."""
 
-    granite: float = Field(1e-6, gt=0)
+    granite: float = Field(1e-6, gt=0, le=100)
     """GraniteMoeHybrid in fp32: the same arithmetic, so rounding alone."""
-    f16: float = Field(1e-4, gt=0)
+    f16: float = Field(1e-4, gt=0, le=100)
     """GGUF F16 in llama.cpp."""
-    q8_0: float = Field(5e-3, gt=0)
+    q8_0: float = Field(5e-3, gt=0, le=100)
     """GGUF Q8_0 in llama.cpp."""
-    q4_0: float = Field(0.5, gt=0)
+    q4_0: float = Field(0.5, gt=0, le=100)
     """GGUF Q4_0 in llama.cpp."""
-    q4_0_warning: float = Field(0.1, gt=0)
+    q4_0_warning: float = Field(0.1, gt=0, le=100)
     """Mean KL of Q4_0 above which the artifact carries a warning."""
 
     def of(self, name: str) -> float:
@@ -67,13 +67,13 @@ class ExportConfig(StageConfig):
     """How far a format may be from the model."""
     parity_tokens: int = Field(2048, ge=64, le=1_000_000)
     """Held-out tokens that the formats are compared on, spread over the sources."""
-    window_tokens: int = Field(256, ge=16)
+    window_tokens: int = Field(256, ge=16, le=2**24)
     """Longest piece of a document that is scored at once."""
-    timing_prompt_tokens: int = operational(128, ge=1)
+    timing_prompt_tokens: int = operational(128, ge=1, le=2**20)
     """Prompt of the speed measurement, in tokens."""
-    timing_new_tokens: int = operational(32, ge=2)
+    timing_new_tokens: int = operational(32, ge=2, le=2**20)
     """Tokens that the speed measurement generates."""
-    threads: int = operational(2, ge=1)
+    threads: int = operational(2, ge=1, le=2**10)
     """Processor threads of the speed measurement; logits are computed on one."""
 
 

@@ -37,13 +37,13 @@ class FactsConfig(StageConfig):
     """What is asked: the world, names (which have no English facts), the calendar, and general facts of our own."""
     languages: list[Language] = Field(["en", "de", "hi"], min_length=1)
     """Languages of the prompts."""
-    per_domain: int = Field(12, ge=1)
+    per_domain: int = Field(12, ge=1, le=1_000_000)
     """Most facts a domain and language; those about the most populous countries come first."""
-    distractors: int = Field(3, ge=1)
+    distractors: int = Field(3, ge=1, le=1000)
     """Wrong endings a fact and difficulty (easy, medium, hard; see ``data.facts``)."""
-    max_length_difference: int = Field(2, ge=0)
+    max_length_difference: int = Field(2, ge=0, le=1000)
     """Characters by which a wrong ending may differ in length from the right one, marks not counted."""
-    min_facts: int = Field(300, ge=1)
+    min_facts: int = Field(300, ge=1, le=10_000_000)
     """Fewer facts than this are refused: too few to tell two models apart."""
 
 
@@ -69,7 +69,7 @@ class Facts(Stage):
         from data.facts import PROMPTS
 
         chosen = [1 for domain, language in PROMPTS if domain in config.domains and language in config.languages]
-        return {"facts": len(chosen) * config.per_domain}
+        return {"facts_at_most": len(chosen) * config.per_domain}
 
     def run(self, context: StageContext) -> StageResult:
         """Fill the output; raise ``ConfigError`` for packages that hold no such tables, or too few facts."""

@@ -17,9 +17,9 @@ from stages.runtime.schedule import WSDSchedule
 class ProbeConfig(Section):
     """What is sampled from the parent before the first step, to see whether there is anything to learn from (T9)."""
 
-    questions: int = Field(32, ge=1)
+    questions: int = Field(32, ge=1, le=1_000_000)
     """Training questions that are asked."""
-    samples: int = Field(16, ge=2)
+    samples: int = Field(16, ge=2, le=10_000)
     """Completions a question; pass@k is estimated for k up to this."""
     min_informative: float = operational(0.05, gt=0, le=1)
     """Least share of those questions whose completions earn different rewards; less is a dead start and refused."""
@@ -34,17 +34,17 @@ class GRPOConfig(FinetuneConfig):
     """Stage (or artifact path) whose questions are answered."""
     rewards: dict[str, float] = Field({"correct": 1.0}, min_length=1)
     """Weight of each reward of ``data.rewards.REWARDS``; a completion that does not stop earns nothing."""
-    num_generations: int = Field(8, ge=2)
+    num_generations: int = Field(8, ge=2, le=2**16)
     """Completions a question: the group in which rewards are compared."""
-    generation_batch_size: int | None = Field(None, ge=2)
+    generation_batch_size: int | None = Field(None, ge=2, le=2**24)
     """Completions sampled from one policy before it changes; none means ``global_batch_size``, on-policy."""
-    num_iterations: int = Field(1, ge=1)
+    num_iterations: int = Field(1, ge=1, le=1000)
     """Passes over each generation batch."""
-    oversampling: int = Field(1, ge=1)
+    oversampling: int = Field(1, ge=1, le=1000)
     """Questions rolled out for each one trained on: groups that differ in reward go first (DAPO's dynamic sampling)."""
-    max_completion_length: int = Field(ge=1)
+    max_completion_length: int = Field(ge=1, le=2**24)
     """Longest completion, tokens."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, le=100)
     """Temperature of rollouts and of the trained policy alike; nothing is cut from the distribution (TRAPS T10)."""
     loss_type: Literal["dapo", "dr_grpo", "grpo"] = "dapo"
     """How token losses are summed: ``dapo`` over the tokens of the batch, ``dr_grpo`` over a constant, ``grpo`` within
@@ -55,11 +55,11 @@ class GRPOConfig(FinetuneConfig):
     """What advantages are divided by the standard deviation of; unset is ``none`` for ``dr_grpo``, else ``group``."""
     epsilon: float = Field(0.2, gt=0, lt=1)
     """Clipping of ratios below one."""
-    epsilon_high: float = Field(0.28, gt=0)
+    epsilon_high: float = Field(0.28, gt=0, le=1000)
     """Clipping of ratios above one (DAPO's clip-higher)."""
-    beta: float = Field(0.0, ge=0)
+    beta: float = Field(0.0, ge=0, le=1000)
     """Weight of the KL divergence to the parent (times the ratio, for an unbiased gradient); 0 keeps no reference."""
-    max_logprob_gap: float = operational(0.05, gt=0)
+    max_logprob_gap: float = operational(0.05, gt=0, le=1000)
     """Largest mean difference of a token's log-probability, nats, between rollout and trainer; more ends the run."""
     probe: ProbeConfig = ProbeConfig()
     """The measurement before the first step."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from data.messages_config import CorpusMessages, FilesMessages, MessagesHeldout, MessagesSource, TasksMessages
 from data.sources import SourceError
 from stages.base import ConfigError, Fault, Input, Stage, StageConfig, StageContext, StageResult, operational
-from stages.runtime.sources import repeated_names, source_error, unreadable
+from stages.runtime.sources import repeated_names, source_error, unreachable, unreadable
 
 
 class MessagesConfig(StageConfig):
@@ -26,7 +26,7 @@ class MessagesConfig(StageConfig):
     """The ``tasks`` stage that sources of type ``tasks`` read."""
     heldout: MessagesHeldout = MessagesHeldout()
     """The held-out split."""
-    shown_faults: int = operational(3, ge=0)
+    shown_faults: int = operational(3, ge=0, le=1_000_000)
     """Rows a rule and source that are printed with file, line and reason; ``left_out.jsonl`` holds all."""
 
 
@@ -35,7 +35,7 @@ class Messages(Stage):
 
     kind: ClassVar[str] = "messages"
     Config: ClassVar[type[StageConfig]] = MessagesConfig
-    code_version: ClassVar[int] = 2
+    code_version: ClassVar[int] = 3
     produces: ClassVar[str] = "messages"
     inputs: ClassVar[dict[str, Input]] = {
         "corpus": Input("corpus", optional=True),
@@ -49,6 +49,25 @@ class Messages(Stage):
 
         faults = unreadable(config.sources, FilesMessages, check_conversations)
         return repeated_names(config.sources) + faults + _input_faults(config)
+
+    @classmethod
+    def check_reach(cls, config: Any) -> list[Fault]:
+        """Data sets of the hub that cannot be streamed from here."""
+        return unreachable(config.sources)
+
+    @classmethod
+    def check_parent_configs(cls, config: Any, parents: Mapping[str, Any]) -> list[Fault]:
+        """Demonstrations of tasks of which none is held out: there would be nothing to measure (TRAPS M4)."""
+        if "tasks" not in parents:
+            return []
+        return [
+            Fault(f"sources.{index}", "must show a task with held-out questions; got none; set the task's heldout")
+            for index, source in enumerate(config.sources)
+            if isinstance(source, TasksMessages)
+            and not any(
+                one.heldout for one in parents["tasks"].tasks if source.tasks is None or one.name in source.tasks
+            )
+        ]
 
     @classmethod
     def check_sources(cls, config: Any, sources: Mapping[str, list[str]]) -> list[Fault]:
@@ -92,7 +111,8 @@ class Messages(Stage):
             rows, faulty = messages.gather(config.sources, context.cache, parents, lambda line: print(line, flush=True))
         except SourceError as error:
             raise source_error(config.sources, error) from error
-        sides, overlapping = messages.split(rows, config.heldout)
+        known = messages.task_sides(parents["tasks"]) if "tasks" in parents else messages.NO_TASKS
+        sides, overlapping = messages.split(rows, config.heldout, known)
         left_out = faulty + overlapping
         for line in _fault_lines(left_out, config.shown_faults):
             print(line, flush=True)
@@ -125,7 +145,7 @@ def _fault_lines(left_out: list[Any], shown: int) -> list[str]:
     for (source, rule), members in groups.items():
         lines.append(f"{source}: left out {len(members)} by {rule}")
         # What a limit left out is no fault to look at.
-        examples = [] if rule == "beyond_max_rows" else members[:shown]
+        examples = [] if rule.startswith("beyond_") else members[:shown]
         lines += [f"  {one.origin}: {one.fault}" for one in examples]
     return lines
 

@@ -14,7 +14,7 @@ from data.preferences_config import FilePreferences, PreferenceSource
 from data.preferences_rows import files_of
 from model.spec import ModelSpec
 from stages.base import ConfigError, Fault, Stage, StageConfig, StageContext, StageResult
-from stages.runtime.sources import repeated_names
+from stages.runtime.sources import repeated_names, unreachable
 
 
 class PreferencesConfig(StageConfig):
@@ -35,6 +35,11 @@ class Preferences(Stage):
     Config: ClassVar[type[StageConfig]] = PreferencesConfig
     code_version: ClassVar[int] = 1
     produces: ClassVar[str] = "preferences"
+
+    @classmethod
+    def check_reach(cls, config: Any) -> list[Fault]:
+        """Data sets of the hub that cannot be streamed from here."""
+        return unreachable(config.sources)
 
     @classmethod
     def check(cls, config: Any, model: ModelSpec | None) -> list[Fault]:

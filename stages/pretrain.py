@@ -11,7 +11,7 @@ from pydantic import Field
 from data.mixture import MixtureBy
 from data.windows import Packing
 from model.spec import ModelSpec
-from stages.base import Fault, Input, Stage, StageConfig, StageContext, StageResult, operational
+from stages.base import Fault, Input, Stage, StageConfig, StageContext, StageResult, later, operational
 from stages.runtime import mixture_settings, settings
 from stages.runtime.mixture_settings import MixturePhase
 from stages.runtime.schedule import extends
@@ -27,12 +27,17 @@ class PretrainConfig(TrainingConfig):
     """Stage (or artifact path) whose token shards are trained on."""
     from_: str | None = Field(None, alias="from")
     """Training stage (or artifact path) whose weights this run starts from; none trains from scratch."""
-    seq_len: int = Field(ge=8)
+    seq_len: int = Field(ge=8, le=2**24)
     """Tokens a packed row."""
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(0.1, ge=0, le=10)
     """AdamW's decoupled decay a step, times lr; norms, biases and A_log, D, dt_bias are never decayed."""
     decay_embeddings: bool = False
     """Whether the embedding (and an untied head) is decayed too."""
+    precision: Literal["bf16", "fp8", "fp32"] = "bf16"
+    """Arithmetic of matrix products: ``bf16`` autocasts, ``fp8`` (on a GPU) also runs the blocks' large projections in
+    8-bit floats; parameters and optimizer state stay fp32 in any."""
+    residual: Literal["fp32", "bf16"] = later("fp32")
+    """Dtype of the stream that blocks add to: ``bf16`` halves its traffic and rounds every sum."""
     compile: bool = operational(False)
     """Compile each block and the loss with ``torch.compile``: faster steps after a first one that takes minutes."""
     mixture: dict[str, float] | None = None
@@ -42,13 +47,16 @@ class PretrainConfig(TrainingConfig):
     source has no domain). Sources of one word share its weight by their tokens."""
     phases: list[MixturePhase] = Field(default_factory=list)
     """Other weights from later steps on; the first phase, from step 0, has ``mixture``."""
-    cap_epochs: float | None = Field(None, gt=0)
+    cap_epochs: float | None = Field(None, gt=0, le=1e6)
     """Most passes over a source, kept by lowering its share in favour of the others; none asks ``max_epochs`` alone."""
     packing: Packing = "cut"
     """``cut`` the stream of documents into rows, or keep documents ``whole`` by best fit, padding what stays open."""
     prefetch_steps: int = operational(2, ge=0, le=64)
     """Steps whose batches are read ahead by a thread; 0 reads when they are needed."""
-    max_epochs: float = operational(4.0, gt=0)
+    data_workers: int = operational(0, ge=0, le=256)
+    """Processes of each rank that read and tokenize a stream, each lanes of its own, ``prefetch_steps`` ahead; the rows
+    are the same. 0 reads in the rank's own process; shards need none."""
+    max_epochs: float = operational(4.0, gt=0, le=1e6)
     """Passes over any source that the plan may ask for; more is refused before the first step, never cut short
     (``cap_epochs`` takes its place)."""
 
@@ -84,9 +92,24 @@ class Pretrain(Stage):
         return parent_faults(config, model, parents)
 
     @classmethod
+    def check_parent_configs(cls, config: Any, parents: Mapping[str, Any]) -> list[Fault]:
+        """A peak above the last learning rate that the parent's schedule will come to (TRAPS T1); data that cannot be
+        read as asked.
+        """
+        from stages.runtime.warm_start import planned_rate_faults
+
+        faults = planned_rate_faults(config, parents["from_"]) if "from_" in parents else []
+        return faults + (mixture_settings.data_faults(config, parents["data"]) if "data" in parents else [])
+
+    @classmethod
     def check_devices(cls, config: Any, world_size: int | None, has_gpu: bool | None) -> list[Fault]:
         """Rows that do not divide over the ranks, and off-loading without a GPU."""
         return settings.device_faults(config, world_size, has_gpu)
+
+    @classmethod
+    def fitted(cls, config: Any, world_size: int) -> Any:
+        """``config`` with a micro-batch that divides the rows of a rank."""
+        return settings.fitted(config, world_size)
 
     @classmethod
     def check_sources(cls, config: Any, sources: Mapping[str, list[str]]) -> list[Fault]:

@@ -28,9 +28,9 @@ class ProblemsConfig(StageConfig):
     """Whether each problem's solution must pass its tests in the sandbox, and an empty one fail them."""
     sandbox: SandboxChoice = "auto"
     """The wall behind which they are tried; ``auto`` takes bubblewrap or, without it, Landlock."""
-    cpu_s: int = Field(10, ge=1)
+    cpu_s: int = Field(10, ge=1, le=3600)
     """Processor seconds a solution; models may get less (suite ``code``)."""
-    workers: int = operational(2, ge=1)
+    workers: int = operational(2, ge=1, le=2**12)
     """Programs at a time."""
 
 
@@ -134,7 +134,7 @@ def _tried(config: Any, rows: Sequence[Mapping[str, str]]) -> str:
     Raises:
         ConfigError: naming problems for which that is not so: a model's score on them would say nothing.
     """
-    from data.problems import EMPTY_BODY, program
+    from data.problems import EMPTY_BODY, first_faults, program
     from stages.runtime.sandbox import SandboxError, open_sandbox
 
     empty = [program(row, EMPTY_BODY if row["form"] == "function" else "") for row in rows]
@@ -154,7 +154,8 @@ def _tried(config: Any, rows: Sequence[Mapping[str, str]]) -> str:
         f"{row['id']} is passed by no code at all" for row, one in zip(rows, unsolved, strict=True) if one.passed
     ]
     if faults:
-        raise ConfigError([Fault("sources", f"{fault}; mend or leave out the row") for fault in faults[:10]])
+        named = [("", f"{fault}; mend or leave out the row") for fault in faults]
+        raise ConfigError([Fault("sources", message) for _, message in first_faults(named, f"{len(rows):,} problems")])
     return sandbox.level
 
 

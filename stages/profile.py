@@ -14,9 +14,9 @@ from data.domains import DOMAINS
 from stages.base import ConfigError, Fault, Input, Stage, StageConfig, StageContext, StageResult, operational
 
 if TYPE_CHECKING:
-    from data.profile import Advice, Cell, Margin, Pair
+    from data.profile import Advice, Cell, Declared, Margin, Pair
 
-FORMAT = 1
+FORMAT = 2
 PROFILE_FILE = "profile.json"
 FACT_DOMAINS = {
     **dict.fromkeys(("capital", "continent", "country_name"), "geography"),
@@ -40,13 +40,16 @@ class ProfileConfig(StageConfig):
     """The ``tokenizer`` stage whose tokens are counted."""
     scores: str | None = None
     """An ``evaluate`` stage with the suite ``margins``: its margins by domain say which cells the model knows."""
-    sample_bytes: int = Field(20_000_000, ge=10_000)
+    sample_bytes: int = Field(20_000_000, ge=10_000, le=1_000_000_000_000)
     """About so much text of each source is classified; what is more is estimated from it."""
     scarce_share: float = Field(0.02, gt=0, lt=1)
     """A domain with less of its language's tokens than this is scarce."""
+    min_facts: int = Field(10, ge=1, le=10_000_000)
+    """Fewest facts of a language and domain whose margin is judged; of fewer only that is said. With eight or fewer,
+    one exception leaves even a sign test undecided at 5%."""
     fact_domains: dict[str, str] = Field({})
     """Domain of text by domain of facts, beside those that are known (``capital: geography``)."""
-    progress_seconds: float = operational(10.0, gt=0)
+    progress_seconds: float = operational(10.0, gt=0, le=86_400)
     """Seconds between lines of progress."""
 
 
@@ -55,7 +58,7 @@ class Profile(Stage):
 
     kind: ClassVar[str] = "profile"
     Config: ClassVar[type[StageConfig]] = ProfileConfig
-    code_version: ClassVar[int] = 1
+    code_version: ClassVar[int] = 2
     produces: ClassVar[str] = "profile"
     inputs: ClassVar[dict[str, Input]] = {
         "corpus": Input(produces="corpus"),
@@ -92,7 +95,7 @@ class Profile(Stage):
 
         config = context.config
         context.output.mkdir(parents=True, exist_ok=True)
-        cells = profile_corpus(
+        cells, declared = profile_corpus(
             context.parent_output("corpus"),
             context.parent_output("tokenizer"),
             sample_bytes=config.sample_bytes,
@@ -102,12 +105,14 @@ class Profile(Stage):
         if not cells:
             raise ConfigError(Fault("sample_bytes", "must draw documents; got none; raise it"))
         margins, unmapped = _margins(context, config.fact_domains)
-        advice = advise(cells, margins, config.scarce_share)
+        advice = advise(cells, margins, config.scarce_share, config.min_facts)
         content = {
             "format": FORMAT,
             "scarce_share": config.scarce_share,
+            "min_facts": config.min_facts,
             "cells": [{**dataclasses.asdict(cell), "half_width_tokens": cell.half_width_tokens} for cell in cells],
-            "advice": [dataclasses.asdict(one) for one in advice],
+            "declared": [{**dataclasses.asdict(one), "classified_shares": one.shares} for one in declared],
+            "advice": [{**dataclasses.asdict(one), "told": one.told} for one in advice],
             "unmapped_fact_domains": unmapped,
             "measured_languages_without_text": unmatched(margins, cells),
         }
@@ -117,7 +122,8 @@ class Profile(Stage):
         counts = {
             f"cells_{name.split(':')[0].replace(' ', '_')}": verdicts.count(name) for name in sorted(set(verdicts))
         }
-        return StageResult({"tokens": sum(cell.tokens for cell in cells), **counts}, _summary(cells, advice, unmapped))
+        summary = [*_summary(cells, advice, unmapped), *_declared_lines(declared)]
+        return StageResult({"tokens": sum(cell.tokens for cell in cells), **counts}, summary)
 
 
 def _margin_items(artifact: Path) -> dict[str, Any] | None:
@@ -166,9 +172,21 @@ def _summary(cells: Sequence[Cell], advice: Sequence[Advice], unmapped: Sequence
         pair = (one.language, one.domain)
         margin = f"{one.margin.nats_per_token:+.2f} ({one.margin.n})" if one.margin else "-"
         size = f"{one.tokens:>11,.0f}  {spread.get(pair, 0):>7,.0f}  {one.share:>14.1%}  {read.get(pair, 0):>14,}"
-        lines.append(f"{one.language:<8}  {one.domain:<11}  {size}  {margin:<14}  {one.verdict}")
+        lines.append(f"{one.language:<8}  {one.domain:<11}  {size}  {margin:<14}  {one.told}")
     first = [f"{one.language}/{one.domain}" for one in advice if one.verdict in (COLLECT, SCARCE)][:8]
     lines.append(f"collect next: {', '.join(first) or 'nothing is scarce or weak'}")
     if unmapped:
         lines.append(f"facts of no known domain: {', '.join(unmapped)}; say in fact_domains what they belong to")
+    return lines
+
+
+def _declared_lines(declared: Sequence[Declared]) -> list[str]:
+    """Each source's declared domain beside what the classifier makes of its text: neither replaces the other unseen."""
+    lines = []
+    for one in declared:
+        shares = list(one.shares.items())
+        found = ", ".join(f"{domain} {share:.0%}" for domain, share in shares[:3])
+        more = f", {len(shares) - 3} more" if len(shares) > 3 else ""
+        taken = "counted as declared" if one.believed else "which is no domain of knowledge: counted as classified"
+        lines.append(f"source {one.source} declares {one.domain} ({taken}); classified: {found or 'nothing'}{more}")
     return lines

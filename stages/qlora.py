@@ -22,7 +22,7 @@ class QLoRAConfig(SupervisedConfig):
     """What is trained."""
     quantisation: QuantisationConfig = QuantisationConfig()
     """How the frozen base is stored."""
-    merge_conversations: int = Field(128, ge=1)
+    merge_conversations: int = Field(128, ge=1, le=1_000_000_000)
     """Held-out conversations, at most, over which the two ways of merging are compared."""
 
 
@@ -38,6 +38,7 @@ class QLoRA(FinetuneStage):
     def check(cls, config: Any, model: ModelSpec | None) -> list[Fault]:
         """Faults between fields, targets that the model does not have, and ZeRO-3, which cannot cut NF4 weights."""
         faults = super().check(config, model) + qlora_config.engine_faults(config.deepspeed)
+        faults += qlora_config.optimizer_faults(config.optimizer)
         return faults + ([] if model is None else qlora_config.adapter_faults(model, config.adapter))
 
     @classmethod

@@ -21,11 +21,11 @@ class TokenizeConfig(StageConfig):
     """The ``tokenizer`` stage."""
     chat_share: float = Field(0.02, ge=0, le=1)
     """Share of training documents rendered as a chat turn, so that the chat specials are trained from the start."""
-    min_special_count: int = Field(8, ge=1)
+    min_special_count: int = Field(8, ge=1, le=1_000_000_000)
     """Fewest occurrences in training of every special but padding; fewer is refused (TRAPS T8)."""
     workers: int = operational(1, ge=1, le=256)
     """Processes that encode; the result does not depend on it. One shares the machine's cores by threads."""
-    progress_seconds: float = operational(10.0, gt=0)
+    progress_seconds: float = operational(10.0, gt=0, le=86_400)
     """Seconds between lines of progress."""
 
 

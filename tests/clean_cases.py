@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 from data.corpus import read_documents, sources
-from stages.base import StageContext
+from stages.base import StageContext, StageResult
 from stages.clean import Clean
 
 SYLLABLES = ["ka", "lo", "mi", "ren", "sta", "vel", "tor", "una", "pe", "dri", "fos", "gan"]
@@ -31,14 +31,21 @@ def source(path: Path, name: str = "tales", **fields) -> dict:
     return base | {"include": ["**/*"], "path": str(path), "language_threshold": 0} | fields
 
 
-def clean(directory: Path, *sources: dict, heldout: dict | None = None, parents: dict | None = None, **fields) -> Path:
+def clean(directory: Path, *sources: dict, **fields) -> Path:
     """Run the stage in ``directory``; the corpus it made. ``parents`` maps inputs to artifact directories."""
+    return run_clean(directory, *sources, **fields)[1]
+
+
+def run_clean(
+    directory: Path, *sources: dict, heldout: dict | None = None, parents: dict | None = None, **fields
+) -> tuple[StageResult, Path]:
+    """As ``clean``, with what the stage says of itself."""
     heldout = {"min_documents": 4} | (heldout or {})
     config = Clean.Config.model_validate({"kind": "clean", "sources": list(sources), "heldout": heldout} | fields)
     places = {"directory": directory, "output": directory / "out", "work": directory / "work", "cache": directory / "c"}
     facts = {"pipeline": "p", "name": "clean", "key": "k", "seed": 0, "config": config, "model": None}
-    Clean().run(StageContext(**facts, **places, parents=parents or {}, tracker=None))
-    return directory / "out"
+    result = Clean().run(StageContext(**facts, **places, parents=parents or {}, tracker=None))
+    return result, directory / "out"
 
 
 def texts(corpus: Path, split: str | None = None) -> list[str]:

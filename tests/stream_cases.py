@@ -8,6 +8,7 @@ from typing import Any
 
 from tiny_run import SOURCES, documents
 
+from data.clean_decontaminate import ContaminationIndex
 from data.stream_config import StreamSettings
 from data.stream_freeze import freeze_stream
 from data.tokenizer import finish, load
@@ -56,9 +57,18 @@ def settings(sources: list[dict[str, Any]], **changes: Any) -> StreamSettings:
     return StreamSettings.model_validate(plain | changes)
 
 
-def freeze(folder: Path, tokenizer: Path, sources: list[dict[str, Any]], **changes: Any) -> Path:
+def freeze(
+    folder: Path,
+    tokenizer: Path,
+    sources: list[dict[str, Any]],
+    contamination: ContaminationIndex | None = None,
+    heldout_documents: int = 6,
+    sample_documents: int = 200,
+    **changes: Any,
+) -> Path:
     """A finished tokens artifact in ``folder/output``; returns ``folder``."""
     (folder / "output").mkdir(parents=True)
-    facts = {"heldout_documents": 6, "sample_documents": 200, "min_special_count": 1}
+    facts = {"heldout_documents": heldout_documents, "sample_documents": sample_documents, "min_special_count": 1}
+    facts["contamination"] = contamination
     freeze_stream(settings(sources, **changes), tokenizer, folder / "output", seed=4, **facts)
     return folder

@@ -162,7 +162,13 @@ def test_the_plan_shows_the_budget_in_text_and_json(tmp_path, capsys, monkeypatc
     assert stages["clean"]["budget"] is None
 
 
-@pytest.mark.parametrize("argv", [["--all", "--price_per_gpu_hour", "2"], ["--plan", "--price_per_gpu_hour", "-1"]])
-def test_a_price_belongs_to_the_plan(argv):
-    with pytest.raises(ValueError, match="--price_per_gpu_hour belongs to --plan"):
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--all", "--price_per_gpu_hour", "2"], "--price_per_gpu_hour belongs to --plan"),
+        (["--plan", "--price_per_gpu_hour", "-1"], "--price_per_gpu_hour must be a number from 0 to 1000000; got -1"),
+    ],
+)
+def test_a_price_belongs_to_the_plan(argv, line):
+    with pytest.raises(ValueError, match=line):
         parse(argv)

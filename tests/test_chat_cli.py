@@ -54,15 +54,19 @@ def test_help_comes_without_heavy_imports():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_a_pipe_gets_answers_on_stdout_and_all_else_on_stderr(chat):
-    code, out, err = chat("--max-new-tokens", "8", "--temperature", "0", say="the cat\n\ndie Wiese\n")
+def test_a_pipe_gets_a_transcript_on_stdout_and_all_else_on_stderr(chat):
+    code, out, err = chat("--max-new-tokens", "8", "--temperature", "0", say="the cat\n\n//die Wiese\x1b\n/reset\n")
     assert code == 0
+    said = [line for line in out.splitlines() if line.startswith(("you> ", "tuned> "))]
+    assert [line.partition("> ")[0] for line in said] == ["you", "tuned", "you", "tuned"]
+    assert (said[0], said[2]) == ("you> the cat", "you> /die Wiese\ufffd")
+    assert out.startswith("you> the cat\ntuned> ")
     assert "tuned: fit" in err
     assert "the last finished model stage" in err
     assert err.count("first after") == 2
     assert "tokens/s" in err
     assert "tokens/s" not in out
-    assert "tuned" not in out
+    assert "forgotten" in err
 
 
 def test_the_same_seed_gives_the_same_answer_and_another_one_another(chat):
@@ -76,7 +80,7 @@ def test_the_same_seed_gives_the_same_answer_and_another_one_another(chat):
 def test_an_artifact_is_found_by_its_name_and_its_directory(chat, home):
     directory = next((home / "runs" / "toy").glob("base-*"))
     answers = {
-        chat("--stage", name, "--max-new-tokens", "5", say="hi\n")[1]
+        chat("--stage", name, "--max-new-tokens", "5", say="hi\n")[1].partition("\nbase")[2].partition("> ")[2]
         for name in ("base", directory.name, str(directory))
     }
     assert len(answers) == 1
@@ -96,7 +100,7 @@ def test_an_artifact_is_found_by_its_name_and_its_directory(chat, home):
         (["--compare", "base"], ["must name two to 4 models; got base"]),
         (["--gguf", "nothing.gguf"], ["must be a GGUF file; got nothing.gguf"]),
         (["--stage", "base", "--gguf", "x"], ["not allowed with argument"]),
-        (["--colour"], ["unrecognized arguments: --colour"]),
+        (["--colour"], ["unknown option --colour"]),
     ],
 )
 def test_a_fault_is_one_line_and_exit_code_2(chat, argv, words):
@@ -172,8 +176,9 @@ def test_bytes_that_are_no_text_do_not_end_the_chat(chat):
 def test_models_are_compared_in_columns_with_one_seed(chat, monkeypatch):
     monkeypatch.setenv("COLUMNS", "70")
     code, out, err = chat("--compare", "base", "base", "--max-new-tokens", "30", say="the cat\n")
-    rows = [line.split(" │ ") for line in out.splitlines()]
-    assert code == 0
+    said, *lines = out.splitlines()
+    rows = [line.split(" │ ") for line in lines]
+    assert (code, said) == (0, "you> the cat")
     assert [word.strip() for word in rows[0]] == ["base", "base"]
     assert all(left.strip() == right.strip() for left, right in (row for row in rows if len(row) == 2))
     assert err.count("base: 30 tokens") == 2

@@ -192,7 +192,7 @@ def test_what_was_said_before_an_interruption_stays_in_the_conversation(capsys):
     Session([speaker], GREEDY, "be kind", False).run(["a\n", "b\n"])
     assert [message["content"] for message in speaker.asked[1]] == ["be kind", "a", "one two", "b"]
     out, err = capsys.readouterr()
-    assert out == "one two\none two\n"
+    assert out == f"you> a\n{speaker.label}> one two\nyou> b\n{speaker.label}> one two\n"
     assert "; stopped" in err.splitlines()[0]
 
 

@@ -6,10 +6,10 @@ import re
 import pytest
 from clean_cases import clean, dropped, invented, report, source, texts, write_rows
 
-from data.clean_config import DecontaminateConfig
+from data.clean_config import EVALUATION_SETS, DecontaminateConfig
 from data.clean_decontaminate import STAGE_SETS, ContaminationIndex, build_index, texts_in
 from stages.base import ConfigError
-from stages.clean import EVALUATION_SETS, Clean
+from stages.clean import Clean
 
 QUESTION = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May; how many?"
 SHORT = "The official language of Andorra is Catalan since long ago"
@@ -108,6 +108,12 @@ def test_a_benchmark_of_ones_own_is_a_file_and_its_fields(tmp_path):
     sources = [source(tmp_path / "in"), source(tmp_path / "code", "code", rules="none")]
     corpus = clean(tmp_path / "run", *sources, decontaminate={"files": files})
     assert dropped(corpus, 0) == dropped(corpus, 1) == {"contaminated_gsm": 1}
+
+
+def test_a_benchmark_cannot_take_the_place_of_a_stages_set(tmp_path):
+    files = [{"name": "tasks", "path": "bench.jsonl", "fields": ["question"]}]
+    with pytest.raises(ValueError, match="must not name a file like a set of a stage; got tasks; rename it"):
+        DecontaminateConfig(files=files)
 
 
 def test_benchmarks_that_cannot_be_read_are_one_line_each(tmp_path):

@@ -7,10 +7,10 @@ import re
 
 import numpy as np
 import pytest
-from clean_cases import clean, dropped, invented, report, source, texts, write_rows
+from clean_cases import clean, dropped, invented, report, run_clean, source, texts, write_rows
 
 from data.clean_config import QualityConfig
-from data.clean_quality import QualityModel, fit, read_labels, train_quality, wilson
+from data.clean_quality import QualityModel, fit, missed, read_labels, train_quality, wilson
 from data.errors import DataError
 from stages.base import ConfigError
 from stages.clean import Clean
@@ -64,6 +64,7 @@ def test_the_threshold_holds_its_precision_on_labels_that_did_not_choose_it(tmp_
     assert high >= 0.85
     assert test["recall"] > 0.8
     assert 0 < model.threshold < 1
+    assert (facts["missed"] is None) == (test["precision"] >= 0.85)
 
 
 def test_the_curve_is_that_of_a_plain_count(tmp_path):
@@ -137,6 +138,44 @@ def test_documents_below_the_threshold_go_from_the_judged_source_alone(tmp_path)
     assert report(corpus)["quality"]["threshold"] == QualityModel.load(corpus / "quality.npz").threshold
     assert re.fullmatch(r"score 0\.\d{4} below 0\.\d{4}", report(corpus)["samples"][0]["detail"])
     assert "Quality classifier" in (corpus / "funnel.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("aim", "target", "test", "said"),
+    [
+        ("precision", 0.9, {"n": 100, "kept": 50, "precision": 0.9}, None),
+        ("precision", 0.9, {"n": 100, "kept": 50, "precision": 0.88},
+         "precision 0.88 on labels that chose nothing (n=50, 95% interval 0.762 to 0.9438), which may be chance"),
+        ("precision", 0.9, {"n": 100, "kept": 50, "precision": 0.5}, "0.3664 to 0.6336), which is more than chance"),
+        ("precision", 0.9, {"n": 100, "kept": 0, "precision": None}, "keeps none of 100 labels that chose nothing"),
+        ("share", 0.3, {"n": 100, "kept": 34, "precision": 0.5}, None),
+        ("share", 0.3, {"n": 100, "kept": 50, "precision": 1.0}, "share kept 0.5 on labels that chose nothing (n=100"),
+    ],
+)  # fmt: skip
+def test_a_target_that_fresh_labels_do_not_bear_out_is_told(aim, target, test, said):
+    kept = test["kept"]
+    test |= {"precision_interval": wilson(round((test["precision"] or 0) * kept), kept)}
+    found = missed(config_of("l.jsonl", aim=aim, target=target), test)
+    assert found is None if said is None else said in found
+
+
+def test_a_missed_target_is_warned_of_in_log_summary_and_artifact(tmp_path, capsys):
+    # The labels that choose the threshold are clean, a third of those that test it lie.
+    rows = labelled(600)
+    for number, row in enumerate(row for row in rows if side(row["text"]) == "test"):
+        row["label"] = ("bad" if row["label"] == "good" else "good") if number % 3 == 0 else row["label"]
+    labels = write_labels(tmp_path / "l.jsonl", rows)
+    write_rows(tmp_path / "in/a.jsonl", [row["text"] for row in labelled(40, seed=9)])
+    quality = {"labels": labels, "sources": ["tales"], "target": 0.95, "hash_bits": 14}
+    fields = {"dedup": {"near": False}, "heldout": {"common_documents": 0}}
+    result, corpus = run_clean(tmp_path / "run", source(tmp_path / "in", rules="none"), quality=quality, **fields)
+    facts = report(corpus)["quality"]
+    assert (facts["aim"], facts["target"]) == ("precision", 0.95)
+    assert facts["missed"].startswith("the classifier misses quality.target 0.95: precision 0.")
+    assert facts["missed"].endswith("give it more labels, or another target")
+    assert f"WARNING: {facts['missed']}" in result.summary
+    assert f"WARNING: {facts['missed']}" in capsys.readouterr().out
+    assert "Warning: the classifier misses quality.target 0.95" in (corpus / "funnel.html").read_text()
 
 
 def test_faults_of_a_classifier_are_found_before_the_run(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,10 @@ from paired_scores import score
 from report_chain import HOSTILE, RECIPE, STAGES, make_chain, run_chain
 
 from pipelines.compare import main
-from pipelines.comparison import beside, mismatches
+from pipelines.comparison import UnlikeError, beside, mismatches
+from pipelines.comparison import compare as compare_all
 from pipelines.report_sections import _verdict
-from pipelines.scores import Items, read_evaluation
+from pipelines.scores import Evaluation, Items, Score, read_evaluation
 
 TESTS = Path(__file__).resolve().parent
 
@@ -87,8 +89,42 @@ def test_scores_of_different_sets_are_refused_by_name(compare, home, capsys):  #
     capsys.readouterr()
     code, out, err = compare("left", "right", text=text)
     assert (code, out) == (2, "")
-    assert len(err.splitlines()) == 3
-    assert "bpb/de: must be measured with the same set; left has aaaaaaaaaaaa, right has bbbbbbbbbbbb" in err
+    first, *_, last = err.splitlines()
+    # One line a suite, and what to do.
+    assert [line.split(":")[0] for line in err.splitlines()] == ["bpb", "reasoning", "safety", "compare"]
+    assert "must be measured alike to be compared; set aaaaaaaaaaaa (200 documents) in left, bbbbbbbbbbbb (200" in first
+    assert "--verbose lists every score" in last
+    assert compare("left", "right", "--metric", "nothing", text=text)[0] == 2
+    every = compare("left", "right", "--verbose", text=text)[2].splitlines()
+    assert "bpb/de: must be measured with the same set; left has aaaaaaaaaaaa" in every[0]
+    assert len(every) == 3
+
+
+def test_a_refusal_of_many_scores_is_a_line_a_suite_with_what_differs_and_ten_lines_at_most():  # trap M3
+    def score(name, **changes):
+        plain = {
+            "suite": name.partition("/")[0], "value": 1.0, "unit": "share", "better": "higher", "n": 20,
+            "n_unit": "documents", "interval": (0.0, 2.0), "set_hash": "a" * 64, "suite_version": 1, "method": "",
+            "decoding": None, "settings": {"precision": "fp32", "seq_len": 256}, "items": None,
+        }  # fmt: skip
+        return Score(name, **plain | changes)
+
+    def evaluation(**changes):
+        names = [f"suite{number}/{part}" for number in range(12) for part in ("all", "de", "en")]
+        return [Evaluation("judge", Path(), 0.95, [score(name, **changes) for name in names], [], {})]
+
+    other = {"set_hash": "b" * 64, "n": 40, "settings": {"precision": "fp32", "seq_len": 128}}
+    with pytest.raises(UnlikeError) as caught:
+        compare_all({"left": evaluation(), "right": evaluation(**other)})
+    lines = [str(fault) for fault in caught.value.faults]
+    assert len(lines) <= 10
+    assert lines[0] == (
+        "suite0: 3 scores, such as suite0/all, must be measured alike to be compared; "
+        "set aaaaaaaaaaaa (20 documents) in left, bbbbbbbbbbbb (40 documents) in right; "
+        "settings seq_len 256 in left, seq_len 128 in right"
+    )
+    assert lines[-1].startswith("compare: 4 more suites or variants differ; --verbose lists every score")
+    assert len(caught.value.every) == 2 * 36
 
 
 def test_json_holds_what_the_table_shows(compare):
@@ -159,7 +195,8 @@ def test_a_model_that_nothing_evaluates_says_what_to_add(compare):
 
 
 def test_evaluate_stages_themselves_can_be_named(compare):
-    assert compare("judge-left", "judge-right", "--no-samples")[1].count("better") == 2
+    lines = compare("judge-left", "judge-right", "--no-samples")[1].splitlines()
+    assert len([line for line in lines if line.endswith("better")]) == 2
 
 
 FAMILIES = RECIPE.replace("word: left", "word: left, families: 20").replace("word: right", "word: right, families: 20")
@@ -235,3 +272,54 @@ def test_offline_both_tables_are_recorded_without_secrets_and_the_report_is_said
     assert english[1:3] == ["What is a cat?", str({"temperature": 0, "top_p": 1, "seed": 17, "max_new_tokens": 64})]
     assert english[3].startswith("A cat is left.")
     assert "A cat is right" not in english[4]
+
+
+def artifact(home, name):
+    return make_chain(home, RECIPE).nodes[name].job.directory
+
+
+@pytest.fixture
+def damaged(home):
+    """An evaluation's output to damage, put back afterwards."""
+    output = artifact(home, "judge-right") / "output"
+    shutil.copytree(output, home / "whole")
+    yield output
+    shutil.rmtree(output)
+    (home / "whole").rename(output)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "items.json", "samples.json"])
+def test_scores_that_were_changed_or_lost_their_items_are_refused(compare, damaged, damage):
+    if damage == "flipped":
+        raw = bytearray((damaged / "scores.json").read_bytes())
+        place = raw.index(b'"value": ') + len(b'"value": ')
+        raw[place] ^= 1
+        (damaged / "scores.json").write_bytes(raw)
+    else:
+        (damaged / damage).unlink()
+    # A path is no way round it.
+    for name in ("right", str(damaged.parent)):
+        code, out, err = compare("left", name)
+        assert (code, out, len(err.splitlines())) == (2, "", 1)
+        said = "scores.json has another SHA-256" if damage == "flipped" else f"{damage} is missing"
+        assert said in err
+
+
+def test_one_evaluation_under_two_names_is_no_comparison(compare, home):
+    for other in ("judge-left", str(artifact(home, "judge-left"))):
+        code, out, err = compare("left", other)
+        assert (code, out, len(err.splitlines())) == (2, "", 1)
+        assert f"must be different evaluations; left and {Path(other).name} are the same one" in err
+
+
+def test_the_folder_inside_an_artifact_is_answered_with_the_artifact(compare, home):
+    directory = artifact(home, "judge-right")
+    err = compare("left", str(directory / "output"))[2]
+    assert f"set the artifact itself, {directory}" in err
+
+
+def test_below_the_table_stand_the_verdicts_by_name_for_each_variant(compare):
+    out = compare("left", "right", "tuned", "--no-samples")[1]
+    (right,) = [line for line in out.splitlines() if line.startswith("right against left: ")]
+    assert right == "right against left: better in bpb/de, reasoning/add; 1 within noise"
+    assert any(line.startswith("tuned against left: ") for line in out.splitlines())

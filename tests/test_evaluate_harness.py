@@ -201,7 +201,9 @@ def test_answers_in_a_file_are_compared_with_the_last_number_of_the_reply(tmp_pa
     ("rows", "said"),
     [
         ([], "has no row"),
-        ([{"question": "x"}], "field 'choices' is missing"),
+        ([{"question": "x"}], "in row 1: no field answer and no field choices, but question"),
+        ([{"question": "x"}] * 9, "in row 1, 2, 3, 4, 5 and 4 more: no field answer"),
+        ([["question"]], "a row must be a mapping of fields; got list"),
         ([{"question": "x", "choices": ["a", "a"], "answer": 0}], "two or more different endings"),
         ([{"question": "x", "choices": ["a", "b"], "answer": 2}], "answer must be a number below 2"),
         ([{"question": " ", "choices": ["a", "b"], "answer": 0}], "question must be text"),

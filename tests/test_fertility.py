@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from test_tokenizer_prune import hand_made
 from tiny_corpus import build_corpus
 
-from data.bpe import QWEN35_PATTERN, read_gguf, spell, to_backend
+from data.bpe import QWEN2_PATTERN, QWEN35_PATTERN, read_gguf, spell, to_backend
 from data.fertility import language_texts, measure_fertility, measure_texts, table
 from data.public_tokenizers import open_public
 from data.source_config import Package
@@ -21,10 +22,10 @@ from data.tokenizer_train import train_sentencepiece
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def tokenizer_of(*merges: tuple[bytes, bytes]):
+def tokenizer_of(*merges: tuple[bytes, bytes], pattern: str = QWEN35_PATTERN):
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(tokenizer_object=to_backend(hand_made(list(merges), QWEN35_PATTERN)))
+    return PreTrainedTokenizerFast(tokenizer_object=to_backend(hand_made(list(merges), pattern)))
 
 
 def test_bytes_tokens_and_split_words_are_counted():
@@ -33,7 +34,7 @@ def test_bytes_tokens_and_split_words_are_counted():
     assert figures == {
         "documents": 2, "bytes": 12, "tokens": 3 + 6, "words": 4, "words_with_marks": 0,
         "bytes_per_token": round(12 / 9, 4), "tokens_per_word": 2.25, "words_split": 0.5, "byte_tokens": 0.0,
-        "words_cut_at_mark": None, "lost_bytes": 0,
+        "words_cut_at_mark": None, "words_cut_at_mark_by_rule": None, "lost_bytes": 0,
     }  # fmt: skip
 
 
@@ -71,6 +72,32 @@ def test_a_syllable_that_stays_whole_is_not_cut():
     joined = measure_texts(tokenizer_of(*whole(NA, I_SIGN, TA), (NA, I_SIGN)), ["नित"])
     assert joined["words_cut_at_mark"] == 0.0
     assert joined["words_split"] == 1.0
+
+
+def test_cuts_by_the_split_rule_are_told_from_those_for_want_of_vocabulary():
+    # नि: Qwen2's rule keeps letters only, so that no vocabulary joins the sign; Qwen3.5's keeps the mark, and what cuts
+    # the word there is a vocabulary without the merge. "न ि" holds a sign by itself, which nothing cuts from a letter.
+    texts, merges = ["नि तत नि न ि"], whole(NA, I_SIGN, TA)
+    found = {}
+    for rule, joins in itertools.product(("qwen2", "qwen35"), (False, True)):
+        pattern = QWEN2_PATTERN if rule == "qwen2" else QWEN35_PATTERN
+        made = tokenizer_of(*merges, *[(NA, I_SIGN)] * joins, pattern=pattern)
+        figures = measure_texts(made, texts)
+        assert figures["words_with_marks"] == 3
+        found[rule, joins] = (figures["words_cut_at_mark_by_rule"], figures["words_cut_at_mark"])
+    cut = pytest.approx(2 / 3, abs=1e-6)
+    assert found == {("qwen2", False): (cut, cut), ("qwen2", True): (cut, cut),
+                     ("qwen35", False): (0.0, cut), ("qwen35", True): (0.0, 0.0)}  # fmt: skip
+
+
+def test_the_line_about_matras_says_what_is_measured_and_of_how_many_words():
+    rows = {"hi": measure_texts(tokenizer_of(*whole(NA, I_SIGN, TA)), ["नि तत नि न"])}
+    rows["en"] = measure_texts(tokenizer_of(), ["ab"])
+    *_, last = table({"this": rows})
+    assert last == (
+        "hi, this: of 2 words with a matra or another mark the split rule cuts 0.0% at one, and tokens cut 100.0%: "
+        "what the rule leaves whole is cut for want of vocabulary"
+    )
 
 
 def test_a_cut_inside_a_marks_bytes_counts_too():
@@ -127,7 +154,7 @@ def test_held_out_text_is_measured_its_sources_in_turn(tmp_path):
         assert figures["bytes_per_token"] == 1.0
     assert len(language_texts(corpus, 1)["en"]) == 1
     lines = table({"mine": report})
-    assert len(lines) == 5
+    assert [line.split()[0] for line in lines] == ["language", "code", "de", "en", "hi", "hi,"]
     assert lines[0].split()[:2] == ["language", "tokenizer"]
 
 

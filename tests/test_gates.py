@@ -16,6 +16,7 @@ from stages import STAGES as REAL
 from stages.base import ConfigError
 from stages.evaluate import Evaluate, EvaluateConfig
 from stages.runtime.artifact import ArtifactError
+from stages.runtime.manifest import write_manifest
 
 STAGES_OF = {
     "text": {"kind": "gather", "sources": [{"name": "wiki"}]},
@@ -55,12 +56,13 @@ def rewritten(home, change, **changes):
     run_chain(chain)
     node = chain.nodes["judge-tuned"]
     output = node.job.directory / "output"
-    files = [output / "scores.json", output / "items.json"]
+    files = [output / "scores.json", output / "items.json", output / "manifest.json"]
     before = [path.read_bytes() for path in files]
-    scores, items = map(json.loads, before)
+    scores, items = map(json.loads, before[:2])
     change(scores, items)
-    for path, content in zip(files, (scores, items), strict=True):
+    for path, content in zip(files[:2], (scores, items), strict=True):
         path.write_text(json.dumps(content))
+    write_manifest(output)
     try:
         return judge(chain, node)
     finally:

@@ -228,3 +228,18 @@ def test_looking_at_the_status_writes_nothing(home, run):
     run("--status")
     run("--plan")
     assert {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*") if path.is_file()} == before
+
+
+def test_an_override_of_a_gate_that_is_open_says_that_it_overrides_nothing(home, run):
+    code, out, _ = run("--stage", "judge-base", "--stage", "judge-tuned", "--override-gate", "judge-tuned")
+    assert code == 0
+    assert "overrides nothing" not in out
+    code, out, _ = run("--stage", "judge-tuned", "--override-gate", "judge-tuned:safety/over_refusal")
+    assert "judge-tuned: --override-gate judge-tuned:safety/over_refusal overrides nothing: no gate" in out
+
+
+def test_a_gate_against_an_evaluation_is_answered_with_the_model_that_it_measures(home, run):
+    gate = "[{metric: bpb/de, max_regression: 0.1, against: judge-base}]"
+    code, _, err = run("--stage", "judge-tuned", "--set", f"judge-tuned.gates={gate}")
+    assert code == 2
+    assert "got 'judge-base'; set base, which judge-base measures" in err

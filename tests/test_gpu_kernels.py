@@ -6,6 +6,7 @@ B batch, T time, D d_model.
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from model.block import Block
 from model.boundaries import Layout, resolve_layout
+from model.kernels import ssd_triton
 from model.kernels.gla import gla_scan
 from model.mixers import MIXERS, Mixer, attention, gla, mamba2
 
@@ -73,13 +75,18 @@ def few_configurations():
 
 
 def mixer_of(name: str) -> Mixer:
-    """A mixer on the GPU whose weights are bf16 numbers, so that fp64 starts from the very same ones."""
+    """A mixer on the GPU whose matrices are bf16 numbers, so that fp64 starts from the very same ones.
+
+    Vectors that all start as ones or zeros would hide a wrong axis.
+    """
     case = Case(name.partition("-")[0], SPECS[name])
     mixer = tiny_model(case, d_model=D_MODEL).model.layers[0].mixer.cuda()
     with torch.no_grad():
         for parameter in mixer.parameters():
             if parameter.dim() > 1:
                 parameter.copy_(parameter.bfloat16())
+            else:
+                parameter.add_(0.3 * torch.randn_like(parameter))
     return mixer
 
 
@@ -159,25 +166,52 @@ def broken(kernel: Any, position: int, axis: int) -> Any:
 
 FAULTS = [
     # Steps that decay another head; decays and B on the wrong axis; keys' heads turned round.
-    ("mamba2-64x128", mamba2, "ssd_scan", 1, 2),
-    ("mamba2-64x128", mamba2, "ssd_scan", 2, 0),
-    ("mamba2-64x128", mamba2, "ssd_scan", 3, 3),
-    ("mamba2-64x128", mamba2, "conv_silu", 1, 1),
-    ("gla-128", gla, "gla_by_fla", 3, 3),
-    ("gla-128", gla, "gla_by_fla", 3, 2),
-    ("gla-128", gla, "gla_by_fla", 1, 1),
-    ("attention-128", attention, "attend_cudnn", 1, 1),
-    ("attention-64-window", attention, "attend_varlen", 1, 2),
-    ("attention-128-globals", attention, "attend_flex", 1, 2),
+    ("mamba2-64x128", "mamba_ssm", mamba2, "ssd_scan", 1, 2),
+    ("mamba2-64x128", "mamba_ssm", mamba2, "ssd_scan", 2, 0),
+    ("mamba2-64x128", "mamba_ssm", mamba2, "ssd_scan", 3, 3),
+    ("mamba2-64x128", "mamba_ssm", mamba2, "conv_silu", 1, 1),
+    # Taps, channels' biases, steps, decays, skips and the norm's weights turned round.
+    *(("mamba2-64x128", "triton", mamba2, "mamba2_core", number, int(number == 1)) for number in range(1, 7)),
+    ("mamba2-groups-128x64", "triton", ssd_triton, "ssd_forward", 1, 2),
+    ("mamba2-groups-128x64", "triton", ssd_triton, "ssd_forward", 3, 2),
+    ("mamba2-groups-128x64", "triton", ssd_triton, "ssd_forward", 4, 3),
+    ("gla-128", "fla", gla, "gla_by_fla", 3, 3),
+    ("gla-128", "fla", gla, "gla_by_fla", 3, 2),
+    ("gla-128", "fla", gla, "gla_by_fla", 1, 1),
+    ("attention-128", "sdpa_cudnn", attention, "attend_cudnn", 1, 1),
+    ("attention-64-window", "varlen", attention, "attend_varlen", 1, 2),
+    ("attention-128-globals", "flex", attention, "attend_flex", 1, 2),
 ]
 
 
-@pytest.mark.parametrize(("name", "room", "call", "position", "axis"), FAULTS)
-def test_a_tensor_on_a_wrong_axis_is_caught(name, room, call, position, axis, monkeypatch):  # trap K1
-    mixer = mixer_of(name)
-    kernel = {"attend_varlen": "varlen", "attend_flex": "flex"}.get(call, mixer.kernels[0])
+@pytest.mark.parametrize(("name", "kernel", "room", "call", "position", "axis"), FAULTS)
+def test_a_tensor_on_a_wrong_axis_is_caught(name, kernel, room, call, position, axis, monkeypatch):  # trap K1
     monkeypatch.setattr(room, call, broken(getattr(room, call), position, axis))
-    assert "output 0" in faults(mixer, kernel, {})
+    assert "output 0" in faults(mixer_of(name), kernel, {})
+
+
+GRADIENT_FAULTS = [
+    ("conv_triton", "conv_silu_backward", 0, 1, "input gradient 0"),
+    ("conv_triton", "conv_silu_backward", 2, 1, "gradient of conv1d.weight 0"),
+    ("steps_triton", "steps_backward", 0, 2, "gradient of dt_bias 0"),
+    ("ssd_triton", "ssd_backward", 2, 2, "gradient of A_log 0"),
+    ("gated_norm_triton", "gated_norm_backward", 3, 0, "input gradient 0"),
+]
+
+
+@pytest.mark.parametrize(("room", "call", "position", "axis", "seen"), GRADIENT_FAULTS)
+def test_a_backward_kernel_that_is_handed_something_else_is_caught(room, call, position, axis, seen, monkeypatch):
+    module = importlib.import_module(f"model.kernels.{room}")
+    monkeypatch.setattr(module, call, broken(getattr(module, call), position, axis))
+    found = faults(mixer_of("mamba2-64x128"), "triton", {})
+    assert seen in found
+    assert not any(name.startswith("output") for name in found)
+
+
+def test_gradients_are_the_same_bits_each_time():
+    mixer = mixer_of("mamba2-64x128")
+    first, again = (results(mixer, "triton", LAYOUTS["packed"], torch.bfloat16) for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 @pytest.mark.parametrize(("name", "kernel", "how"), PACKED)
@@ -196,15 +230,18 @@ def test_a_document_leaves_no_trace_in_another(name, kernel, how):  # trap K3
         assert (after - before)[:, kept].norm() <= allowed * before[:, kept].norm()
 
 
+COMPILED = [(name, "auto") for name in ("gla-128", "attention-128", "attention-64-window", "attention-128-globals")] + [
+    ("mamba2-64x128", kernel) for kernel in MIXERS["mamba2"].kernels
+]
+
+
 @pytest.mark.parametrize("how", ["dense", "packed"])
-@pytest.mark.parametrize(
-    "name", ["mamba2-64x128", "gla-128", "attention-128", "attention-64-window", "attention-128-globals"]
-)
-def test_a_compiled_block_equals_the_eager_one(name, how):
+@pytest.mark.parametrize(("name", "backend"), COMPILED)
+def test_a_compiled_block_equals_the_eager_one(name, backend, how):
     torch._dynamo.reset()
     case = Case(name.partition("-")[0], SPECS[name])
     block: Block = tiny_model(case, d_model=D_MODEL).model.layers[0].cuda()
-    block.mixer.use_backend("auto")
+    block.mixer.use_backend(backend)
     assert block.mixer.kernels_in_use
     x, rows = torch.randn(BATCH, TIME, D_MODEL, device="cuda"), layout(LAYOUTS[how])
     found = []
@@ -230,6 +267,7 @@ def test_operators_keep_their_promises_to_the_compiler():
         return (tensor.bfloat16() if half else tensor).requires_grad_()
 
     ids = packed_ids([40, 1, 59], 1).int().cuda()
+    vectors = [draw(size, half=False) for size in (512, 4, 4, 4, 256)]
     edges = torch.tensor([0, 40, 41, 100, 100], dtype=torch.int32, device="cuda")
     calls = [
         (mamba2.conv_silu, (draw(1, 100, 64), draw(64, 4, half=False), draw(64, half=False), ids)),
@@ -237,6 +275,8 @@ def test_operators_keep_their_promises_to_the_compiler():
             draw(1, 100, 2, 64), draw(1, 100, 2, half=False), draw(2, half=False), draw(1, 100, 1, 128),
             draw(1, 100, 1, 128), draw(2, half=False), ids, 64,
         )),
+        # 2 x 256 channels inside, B and C of 128 each, 4 heads of 64.
+        (mamba2.mamba2_core, (draw(1, 100, 772), draw(512, 4, half=False), *vectors, ids, None, 64, 128, 1, 1e-5)),
         (gla_scan, (
             draw(1, 100, 2, 64), draw(1, 100, 2, 64), draw(1, 100, 2, 128), draw(1, 100, 2, 64, half=False),
             edges, 0.125,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 from typing import Any
 
 import pytest
@@ -11,8 +13,9 @@ from pydantic import ValidationError
 from torch.nn.attention.flex_attention import create_mask
 
 from model.block import compile_parts
+from model.kernels import limits
 from model.kernels.flex import visible_blocks
-from model.kernels.limits import KERNELS, limit_faults
+from model.kernels.limits import KERNELS, absent_packages, limit_faults
 from model.kernels.rows import FEWEST_EDGES, document_edges, document_numbers
 from model.lm import model_backends
 from model.loss import _errors, _errors_as_one
@@ -43,7 +46,7 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch, *absent: str, capability: tuple[i
 @pytest.mark.parametrize("name", MIXERS)
 def test_auto_takes_every_kernel_that_is_installed_and_tested_here(name, monkeypatch):
     on_hopper(monkeypatch)
-    assert fitting(name).kernels_in_use == list(MIXERS[name].kernels)
+    assert fitting(name).kernels_in_use == [one for one in MIXERS[name].kernels if KERNELS[one].capabilities]
 
 
 @pytest.mark.parametrize("name", MIXERS)
@@ -54,8 +57,24 @@ def test_auto_leaves_an_untested_machine_to_torch(name, monkeypatch):
 
 @pytest.mark.parametrize("absent", ["mamba_ssm", "causal_conv1d"])
 def test_auto_does_without_a_kernel_whose_package_is_absent(absent, monkeypatch):
-    on_hopper(monkeypatch, absent)
+    on_hopper(monkeypatch, absent, "triton")
     assert fitting("mamba2").kernels_in_use == []
+
+
+def test_auto_never_picks_a_kernel_that_has_passed_no_parity_test_on_this_gpu(monkeypatch):
+    on_hopper(monkeypatch)
+    untested = KERNELS | {"triton": dataclasses.replace(KERNELS["triton"], capabilities=())}
+    monkeypatch.setattr(contract, "KERNELS", untested)
+    assert fitting("mamba2").kernels_in_use == ["mamba_ssm"]
+    assert fitting("mamba2", backend="triton").kernels_in_use == ["triton"]
+
+
+def test_a_model_in_one_flat_file_does_without_our_triton_kernels(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None if package else object())
+    assert absent_packages("triton") == list(KERNELS["triton"].rooms)
+    monkeypatch.setattr(limits, "__package__", "")
+    assert absent_packages("triton") == list(KERNELS["triton"].rooms)
+    assert absent_packages("mamba_ssm") == []
 
 
 def test_auto_does_without_a_kernel_that_does_not_take_the_sizes(monkeypatch):
@@ -97,7 +116,7 @@ def test_a_named_kernel_on_a_cpu_is_an_error(name, kernel, monkeypatch):  # trap
             call(torch.randn(1, 20, 64), layout_of(1, 20, **described))
 
 
-@pytest.mark.parametrize(("kernel", "package"), [("mamba_ssm", "causal_conv1d"), ("fla", "fla")])
+@pytest.mark.parametrize(("kernel", "package"), [("triton", "triton"), ("mamba_ssm", "causal_conv1d"), ("fla", "fla")])
 def test_a_named_kernel_that_is_not_installed_is_an_error(kernel, package, monkeypatch):  # trap K2
     on_hopper(monkeypatch, package)
     name = next(name for name, one in NAMED if one == kernel)
@@ -122,6 +141,7 @@ WRONG = [
     (Mamba2Spec, {"mixer": "mamba2", "backend": "mamba_ssm", "head_dim": 96}, "head_dim", "got 96; set 64 or 128, or"),
     (Mamba2Spec, {"mixer": "mamba2", "backend": "mamba_ssm", "d_state": 16}, "d_state", "got 16; set 64, or backend"),
     (Mamba2Spec, {"mixer": "mamba2", "backend": "mamba_ssm", "chunk_size": 512}, "chunk_size", "got 512; set 256, or"),
+    (Mamba2Spec, {"mixer": "mamba2", "backend": "triton", "d_state": 96}, "d_state", "got 96; set 64 or 128, or"),
     (Mamba2Spec, {"mixer": "mamba2", "backend": "mamba_ssm", "d_conv": 5}, "d_conv", "got 5; set 4, or backend torch"),
     (GLASpec, {"mixer": "gla", "n_heads": 2, "backend": "fla", "head_k_dim": 80}, "head_k_dim", "set 64 or 128, or"),
     (AttentionSpec, {"mixer": "attention", "n_heads": 2, "n_kv_heads": 1, "backend": "sdpa_cudnn", "head_dim": 256},

@@ -50,9 +50,10 @@ OPERATIONAL = {
                   *(f"compare_with.package.{name}" for name in Package.model_fields)},
     "profile": {"progress_seconds"},
     "tokenize": {"workers", "progress_seconds"},
-    "stream": {"sources.path", "sources.streaming"},
+    "stream": {"sources.path", "sources.streaming", "decontaminate.files.path", "decontaminate.unchecked"},
     "pretrain": {
         "micro_batch_size", "deepspeed", "activation_checkpointing", "compile", "max_epochs", "prefetch_steps",
+        "data_workers",
         "eval_every_steps", "eval_batch_size", "checkpoint_every_steps", "keep_checkpoints", "log_every_steps",
         "rewarm", "guards.max_skipped_in_a_row", *ALARMS,
     },
@@ -80,6 +81,11 @@ DECONTAMINATE = {"files": [{"name": "a", "path": "a.jsonl", "fields": ["text"]}]
 SAID = {"name": "a", "language": "en", "licence": "none"}
 TUNED = {"from": "pretrain", "max_length": 32, "global_batch_size": 8, "max_steps": 9, "lr": 1e-3}
 SCHEDULES: list[dict[str, Any]] = [{"kind": "cosine"}, {"kind": "wsd", "decay_steps": 2}, {"kind": "constant"}]
+OPTIMIZERS: list[dict[str, Any]] = [{"kind": "adamw"}, {"kind": "adamw_8bit"}, {"kind": "muon"}]
+TUNINGS = [
+    {**TUNED, "schedule": schedule, "optimizer": optimizer}
+    for schedule, optimizer in zip(SCHEDULES, OPTIMIZERS, strict=True)
+]
 PRETRAIN = {"seq_len": 32, "global_batch_size": 4, "max_steps": 9, "lr": 1e-3}
 LOCAL = {"name": "x_local", "kind": "choice", "licence": "MIT"}
 SUITES = {
@@ -110,12 +116,14 @@ BASES: dict[str, list[dict[str, Any]]] = {
     ],
     "tokenize": [{"corpus": "clean", "tokenizer": "tokenizer"}],
     "stream": [
-        {"tokenizer": "tokenizer", "passes": {"a": 2}, "sources": [source]}
+        {"tokenizer": "tokenizer", "passes": {"a": 2}, "sources": [source], "decontaminate": DECONTAMINATE}
         for source in ({**FILES, "type": "files", "path": "text", **FILTERED}, {**SOURCE, **HUB, **FILTERED})
     ],
     "pretrain": [
-        PRETRAIN | {"schedule": schedule, "mixture": {"en": 1.0}, "phases": [{"from_step": 4, "mixture": {"en": 2.0}}]}
-        for schedule in SCHEDULES
+        PRETRAIN
+        | {"schedule": schedule, "mixture": {"en": 1.0}, "phases": [{"from_step": 4, "mixture": {"en": 2.0}}]}
+        | {"optimizer": optimizer}
+        for schedule, optimizer in zip(SCHEDULES, OPTIMIZERS, strict=True)
     ],
     "messages": [
         {"corpus": "clean", "tasks": "tasks", "sources": [{**SAID, **source}]}
@@ -143,10 +151,10 @@ BASES: dict[str, list[dict[str, Any]]] = {
         {"sources": [{"name": "a", "licence": "none", "format": "humaneval", **source}]}
         for source in ({"type": "files", "path": "p.jsonl"}, {"type": "package", "package": PACKAGE, "file": "p.jsonl"})
     ],
-    "sft": [{**TUNED, "data": "messages", "schedule": schedule} for schedule in SCHEDULES],
-    "dpo": [{**TUNED, "schedule": schedule} for schedule in SCHEDULES],
-    "qlora": [{**TUNED, "data": "messages", "schedule": schedule} for schedule in SCHEDULES],
-    "grpo": [{**TUNED, "max_completion_length": 8, "schedule": schedule} for schedule in SCHEDULES],
+    "sft": [{**tuned, "data": "messages"} for tuned in TUNINGS],
+    "dpo": TUNINGS,
+    "qlora": [{**tuned, "data": "messages"} for tuned in TUNINGS],
+    "grpo": [{**tuned, "max_completion_length": 8} for tuned in TUNINGS],
     "evaluate": [
         {
             "from": "pretrain",

@@ -20,6 +20,6 @@ def test_a_parents_output_replaced_together_with_its_manifest_is_refused(cli, tm
     output = next((tmp_path / "runs" / "toy").glob("gather-*/output"))
     (output / "text.txt").write_text("HELLO")
     write_manifest(output)
-    assert cli("--stage", "train") == 1
-    assert "is not the one that its stage.json names" in capsys.readouterr().err
+    assert cli("--stage", "train") == 2
+    assert "manifest.json is not the one that was sealed" in capsys.readouterr().err
     assert list((tmp_path / "runs" / "toy").glob("train-*/output")) == []

@@ -15,6 +15,7 @@ from data.messages_sources import question_and_answer, read_conversations
 from data.tasks import TaskChoice, rows
 from stages.base import ConfigError, StageContext
 from stages.messages import Messages, MessagesConfig
+from stages.tasks import TasksConfig
 
 SOURCE = TypeAdapter(MessagesSource)
 USER, HELLO = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -215,19 +216,61 @@ def test_a_training_row_that_asks_a_held_out_question_is_left_out(tmp_path):
     assert [(one.origin, one.fault.rule) for one in left_out] == [("y:1", "heldout_question")]
 
 
-def test_demonstrations_come_from_the_training_side_of_the_tasks(tmp_path):
-    choice = TaskChoice(name="add", size=2, train=60, heldout=60)
-    folder = tmp_path / "tasks" / "output"
+@pytest.fixture
+def tasks(tmp_path):
+    """A finished ``tasks`` artifact, and the questions of each of its sides."""
+    choice, folder = TaskChoice(name="add", size=2, train=60, heldout=60), tmp_path / "tasks" / "output"
     folder.mkdir(parents=True)
-    for side in ("train", "heldout"):
-        (folder / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(choice, side, 3)))
-    config = {"tasks": "tasks", "sources": [{"type": "tasks", "name": "worked", "language": "en", "licence": "none"}]}
+    asked = {}
+    for side in messages.SPLITS:
+        made = list(rows(choice, side, 3))
+        (folder / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+        asked[side] = [row["prompt"][0]["content"] for row in made]
+    return asked
+
+
+WORKED = {"type": "tasks", "name": "worked", "language": "en", "licence": "none"}
+
+
+def questions_of(output, side):
+    return {row["messages"][0]["content"] for row in messages.read_messages(output, side)}
+
+
+def test_demonstrations_stand_on_the_side_of_the_tasks_on_which_their_question_does(tasks, tmp_path):  # trap M4
+    # GRPO trains on every question of the tasks' training side: none of them may be measured here.
+    config = {"tasks": "tasks", "sources": [{**WORKED, "max_rows": 40}]}
     _, output = run_stage(tmp_path / "run", config, {"tasks": tmp_path / "tasks"})
-    shown = [row for side in messages.SPLITS for row in messages.read_messages(output, side)]
-    held = {row["prompt"][0]["content"] for row in rows(choice, "heldout", 3)}
-    assert len(shown) == 60
-    assert not {row["messages"][0]["content"] for row in shown} & held
-    assert all("Answer: " in row["messages"][-1]["content"] for row in shown)
+    shown, held = questions_of(output, "train"), questions_of(output, "heldout")
+    assert shown < set(tasks["train"])
+    assert held < set(tasks["heldout"])
+    # max_rows are trained on; a twentieth of all, or eight at least, is held out.
+    assert (len(shown), len(held)) == (40, 8)
+    every = [row for side in messages.SPLITS for row in messages.read_messages(output, side)]
+    assert all("Answer: " in row["messages"][-1]["content"] for row in every)
+
+
+def test_a_question_of_the_tasks_in_any_other_file_stands_on_the_tasks_side_too(tasks, tmp_path):  # trap M4
+    path = tmp_path / "own.jsonl"
+    rows_of_one = [turns(question, "yes") for side in messages.SPLITS for question in tasks[side]]
+    rows_of_one += [turns(f"q{number}", "a") for number in range(40)]
+    path.write_text("".join(json.dumps({"messages": one}) + "\n" for one in rows_of_one))
+    own = {"type": "files", "name": "own", "language": "en", "licence": "none", "path": str(path), "include": ["*"]}
+    config = {"tasks": "tasks", "sources": [own, WORKED]}
+    _, output = run_stage(tmp_path / "run", config, {"tasks": tmp_path / "tasks"})
+    assert not questions_of(output, "heldout") & set(tasks["train"])
+    assert not questions_of(output, "train") & set(tasks["heldout"])
+    assert {f"q{number}" for number in range(40)} <= questions_of(output, "heldout") | questions_of(output, "train")
+
+
+def test_of_tasks_that_hold_nothing_out_no_demonstrations_are_made():
+    config = MessagesConfig.model_validate({"kind": "messages", "tasks": "tasks", "sources": [WORKED]})
+    for heldout, expected in ((0, ["sources.0"]), (9, [])):
+        asked = TasksConfig(tasks=[{"name": "add", "size": 2, "train": 60, "heldout": heldout}])
+        assert [fault.path for fault in Messages.check_parent_configs(config, {"tasks": asked})] == expected
+
+
+def test_a_task_that_the_stage_does_not_have_is_refused(tasks, tmp_path):
+    config = {"tasks": "tasks", "sources": [WORKED]}
     with pytest.raises(ConfigError, match=r"sources\.0\.tasks.*must name tasks of the stage \(add\); got mul"):
         run_stage(tmp_path / "other", {**config, "sources": [{**config["sources"][0], "tasks": ["mul"]}]},
                   {"tasks": tmp_path / "tasks"})  # fmt: skip

@@ -91,11 +91,12 @@ def test_a_broken_model_of_the_real_stages_is_no_traceback_and_hides_no_fault_of
     text = DEFAULT.read_text(encoding="utf-8").replace("n_kv_heads: 2", "n_kv_heads: 3", 1)
     assert "n_kv_heads: 3" in text
     path = write_recipe(tmp_path, text)
-    argv = ["--plan", "--pipeline", str(path), "--set", "pretrain.micro_batch_size=3", "--runs", str(tmp_path / "runs")]
+    setting = "pretrain.schedule.warmup_steps=140"
+    argv = ["--plan", "--pipeline", str(path), "--set", setting, "--runs", str(tmp_path / "runs")]
     assert main(argv, REAL) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2, lines
-    assert "pretrain.micro_batch_size: must divide global_batch_size" in lines[0]
+    assert "pretrain.schedule.warmup_steps: must be below max_steps" in lines[0]
     assert "n_kv_heads: must divide n_heads" in lines[1]
 
 

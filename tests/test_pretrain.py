@@ -330,7 +330,7 @@ def test_what_does_not_fit_the_datas_sources_is_named_by_the_field_that_asks_for
 
 
 def test_a_micro_batch_that_does_not_divide_is_refused_with_the_sizes_that_do(tmp_path, tokens):
-    with pytest.raises(ConfigError, match=r"pretrain\.micro_batch_size: .*set one of \[1, 2, 4\]"):
+    with pytest.raises(ConfigError, match=r"pretrain\.micro_batch_size: must divide .*got 3; set 2"):
         run(tmp_path, tokens, micro_batch_size=3)
 
 
@@ -340,21 +340,11 @@ def test_offloading_without_a_gpu_is_refused_before_the_model_is_built(tmp_path,
         run(tmp_path, tokens, deepspeed="zero3_cpu_offload")
 
 
-def test_running_out_of_memory_is_one_line_that_names_the_field(tmp_path, tokens, monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    monkeypatch.setattr(TrainingEngine, "accumulate", full)
-    with pytest.raises(RuntimeError, match="at micro_batch_size 2; lower micro_batch_size") as caught:
-        run(tmp_path, tokens)
-    assert "\n" not in str(caught.value)
-
-
 def test_check_gathers_every_fault_at_once():
     bad = config(seq_len=128, micro_batch_size=8, schedule={"kind": "wsd", "warmup_steps": 9, "decay_steps": 2},
                  deepspeed="zero9", rewarm=True, mixture={"en": -1.0})  # fmt: skip
     paths = {fault.path for fault in Pretrain.check(bad, spec())}
-    assert paths == {"seq_len", "micro_batch_size", "schedule.warmup_steps", "deepspeed", "rewarm", "mixture.en"}
+    assert paths == {"seq_len", "schedule.warmup_steps", "deepspeed", "rewarm", "mixture.en"}
     assert Pretrain.check(config(), spec()) == []
 
 

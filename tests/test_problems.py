@@ -191,6 +191,26 @@ def test_faults_of_sources_are_gathered():
         Problems.source_revisions(ProblemsConfig.model_validate({"kind": "problems", "sources": sources}))
 
 
+def test_faulty_rows_beyond_the_first_ten_are_counted(tmp_path):
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, "plain", PLAIN, *[{"id": str(number)} for number in range(13)])
+    messages = [message for _, message in caught.value.faults]
+    assert [message.split(":")[0] for message in messages[:10]] == [f"plain.jsonl, line {n}" for n in range(2, 12)]
+    assert messages[10:] == ["plain.jsonl: and 3 more faults like these"]
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, "plain", *[{"id": str(number)} for number in range(10)])
+    assert len(caught.value.faults) == 10, "ten are told, and no more are spoken of"
+
+
+@needs_a_wall
+def test_problems_that_measure_nothing_are_counted_beyond_the_first_ten(tmp_path):
+    path = write_rows(tmp_path / "p.jsonl", *[PLAIN | {"id": str(n), "tests": "0"} for n in range(12)])
+    with pytest.raises(ConfigError) as caught:
+        run_stage(tmp_path, path)
+    assert len(caught.value.faults) == 11
+    assert str(caught.value.faults[-1]) == "sources: 12 problems: and 2 more faults like these"
+
+
 @pytest.mark.slow
 @needs_a_wall
 def test_humaneval_is_solved_by_its_own_solutions_and_by_no_empty_one(tmp_path):

@@ -11,7 +11,7 @@ from tiny_corpus import build_corpus
 
 from data.corpus import DocumentWriter, document_id, read_documents, write_description
 from data.domains import DOMAINS, LANGUAGES, TOPICS, classify, evidence, is_dialogue, listed, scores
-from data.profile import COLLECT, ENOUGH, SCARCE, UNMEASURED, WEAK, Cell, Margin, advise, profile_corpus
+from data.profile import COLLECT, ENOUGH, SCARCE, UNJUDGED, UNMEASURED, WEAK, Cell, Margin, advise, profile_corpus
 from data.tokenizer import encode_text, finish, load
 from data.tokenizer_train import train_byte_level
 from stages import STAGES
@@ -149,7 +149,8 @@ def tokenizer_dir(tmp_path_factory):
 
 def test_a_source_that_fits_into_the_sample_is_counted_exactly(tokenizer_dir, tmp_path):
     corpus = build(tmp_path)
-    cells = profile_corpus(corpus, tokenizer_dir, sample_bytes=10**6, seed=1)
+    cells, declared = profile_corpus(corpus, tokenizer_dir, sample_bytes=10**6, seed=1)
+    assert declared == []
     loaded = load(tokenizer_dir)
     expected = {
         name: sum(len(encode_text(loaded, document["text"])) for document in read_documents(corpus, "train", name))
@@ -165,9 +166,25 @@ def test_a_source_that_fits_into_the_sample_is_counted_exactly(tokenizer_dir, tm
     assert found["de", "geography"].examples[0].startswith("Der Fluss entspringt")
 
 
-def test_a_domain_that_a_source_states_is_taken(tokenizer_dir, tmp_path):
-    cells = profile_corpus(build(tmp_path, stated="nursing"), tokenizer_dir, sample_bytes=10**6, seed=1)
-    assert [(cell.domain, cell.stated) for cell in cells if cell.language == "en"] == [("nursing", True)]
+@pytest.mark.parametrize(
+    ("stated", "counted_as"), [("science", ("science", True)), ("web", ("medicine", False))], ids=["topic", "origin"]
+)
+def test_a_declared_domain_stands_beside_the_classified_one(tokenizer_dir, tmp_path, stated, counted_as):
+    # A domain of knowledge is believed; "web" says where the text comes from, and hides nothing of what it is about.
+    cells, (declared,) = profile_corpus(build(tmp_path, stated), tokenizer_dir, sample_bytes=10**6, seed=1)
+    (cell,) = [cell for cell in cells if cell.language == "en"]
+    assert (cell.domain, cell.stated) == counted_as
+    assert (declared.source, declared.domain, declared.believed) == ("med", stated, stated == "science")
+    assert declared.classified == {"medicine": cell.tokens}
+    assert declared.shares == {"medicine": 1.0}
+
+
+def test_the_profile_shows_what_sources_declare_and_what_their_text_was_classified_as(tokenizer_dir, tmp_path):
+    result, content = run_profile(build(tmp_path / "c", "web"), tokenizer_dir, tmp_path)
+    assert content["declared"][0]["classified_shares"] == {"medicine": 1.0}
+    assert result.summary[-1] == (
+        "source med declares web (which is no domain of knowledge: counted as classified); classified: medicine 100%"
+    )
 
 
 def test_a_sample_estimates_the_whole_within_its_interval(tokenizer_dir, tmp_path):
@@ -175,11 +192,11 @@ def test_a_sample_estimates_the_whole_within_its_interval(tokenizer_dir, tmp_pat
     corpus = build(tmp_path)
     truth = {
         (cell.language, cell.domain): cell.tokens
-        for cell in profile_corpus(corpus, tokenizer_dir, sample_bytes=10**6, seed=1)
+        for cell in profile_corpus(corpus, tokenizer_dir, sample_bytes=10**6, seed=1)[0]
     }
     inside, estimates = 0, []
     for seed in range(200):
-        cells = profile_corpus(corpus, tokenizer_dir, sample_bytes=1500, seed=seed)
+        cells, _ = profile_corpus(corpus, tokenizer_dir, sample_bytes=1500, seed=seed)
         found = next((cell for cell in cells if (cell.language, cell.domain) == ("de", "geography")), None)
         estimates.append(found.tokens if found else 0.0)
         inside += bool(found) and abs(found.tokens - truth["de", "geography"]) <= found.half_width_tokens
@@ -200,9 +217,9 @@ def test_verdicts_follow_the_margins_and_the_shares():
         ("en", "geography"): Margin(-0.2, 30, (-0.5, 0.1)),
         ("en", "history"): Margin(0.1, 30, (-0.1, 0.3)),
         ("en", "science"): Margin(0.9, 30, (0.6, 1.2)),
-        ("en", "arts"): Margin(-0.4, 5, None),
+        ("en", "arts"): Margin(-0.4, 10, None),
     }
-    advice = advise(cells, margins, 0.02)
+    advice = advise(cells, margins, 0.02, 10)
     verdicts = {(one.language, one.domain): one.verdict for one in advice}
     assert verdicts["en", "geography"] == WEAK
     assert verdicts["en", "history"] == COLLECT
@@ -212,12 +229,24 @@ def test_verdicts_follow_the_margins_and_the_shares():
     assert verdicts["code", "code"] == UNMEASURED
     assert [(one.domain) for one in advice[:2]] == ["arts", "history"], "the lowest margin first"
     assert (
-        advise([cell("en", "science", 10)], {("en", "science"): Margin(1.0, 9, (0.5, 1.5))}, 0.02)[-1].verdict == ENOUGH
+        advise([cell("en", "science", 10)], {("en", "science"): Margin(1.0, 9, (0.5, 1.5))}, 0.02, 9)[-1].verdict
+        == ENOUGH
     )
 
 
+@pytest.mark.parametrize("margin", [Margin(-2.0, 1, None), Margin(2.0, 1, None), Margin(1.0, 9, (0.5, 1.5))])
+def test_a_margin_of_too_few_facts_says_nothing_of_a_cell(margin):
+    cells = [cell("en", "science", 9_000), cell("en", "arts", 10)]
+    found = {one.domain: one for one in advise(cells, dict.fromkeys((("en", "science"), ("en", "arts")), margin),
+                                               0.02, 10)}  # fmt: skip
+    assert found["science"].verdict == UNJUDGED
+    assert found["science"].told == f"too few facts (n={margin.n}) to judge"
+    assert found["arts"].verdict == SCARCE, "by its tokens, whatever the facts"
+    assert found["arts"].told == f"scarce; too few facts (n={margin.n}) to judge"
+
+
 def test_only_languages_with_words_miss_domains():
-    found = {(one.language, one.domain) for one in advise([cell("fr", "other", 9)], {}, 0.02)}
+    found = {(one.language, one.domain) for one in advise([cell("fr", "other", 9)], {}, 0.02, 10)}
     assert found == {("fr", "other")}
 
 
@@ -256,6 +285,8 @@ def test_the_stage_says_what_to_collect_next(tokenizer_dir, tmp_path):
     low, high = geography["margin"]["interval"]
     assert low < -0.2 < high
     assert geography["verdict"] == WEAK
+    assert geography["told"] == WEAK
+    assert content["min_facts"] == 10
     assert content["unmapped_fact_domains"] == ["riddle"]
     assert content["measured_languages_without_text"] == [["fr", "everyday"]]
     assert result.metrics["tokens"] == sum(one["tokens"] for one in content["cells"])

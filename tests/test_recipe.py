@@ -132,7 +132,7 @@ def test_words_of_text_processing_are_no_secrets(tmp_path):
 def test_own_text_reaches_the_conversations_that_are_drawn_from_the_corpus(tmp_path):
     own = tmp_path / "text"
     own.mkdir()
-    for number in range(6):
+    for number in range(130):
         (own / f"{number}.txt").write_text("The quick brown fox jumps over the lazy dog and runs away from it. " * 9)
     recipe = load_recipe(RECIPES / "default.yaml", data=own)
     (text,) = recipe.stages["clean"].sources
@@ -147,7 +147,7 @@ def test_own_text_takes_the_place_of_the_sources(tmp_path):
 
     own = tmp_path / "own"
     own.mkdir()
-    (own / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    (own / "a.txt").write_text("The quick brown fox jumps over the lazy dog.\n\n" * 20)
     text = "name: t\nstages:\n  clean: {kind: clean, sources: []}\n"
     recipe = load_recipe(write_recipe(tmp_path, text), [], REAL, own)
     assert [source.type for source in recipe.stages["clean"].sources] == ["files"]

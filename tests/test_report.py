@@ -125,16 +125,23 @@ def test_a_failed_stage_is_shown_with_its_error_and_its_curves(tmp_path):
     assert HOSTILE not in words
 
 
+def overwrite(path, text):
+    """Other content of the same size: what a file holds is not looked at before it is read."""
+    size = path.stat().st_size
+    assert len(text) <= size, "the artifact would be called damaged"
+    path.write_text(text.ljust(size))
+
+
 def test_files_that_cannot_be_read_become_notices(tmp_path):
     chain = run_chain(make_chain(tmp_path), "text", "base", "pairs", "judge-base")
     folders = {path.name.rpartition("-")[0]: path for path in (chain.runs / "toy").iterdir()}
     metrics = folders["base"] / "metrics.jsonl"
     metrics.write_text("<b>no JSON</b>\n" + metrics.read_text())
-    (folders["judge-base"] / "output" / "scores.json").write_text('{"scores": [{"name": 3}]}')
+    overwrite(folders["judge-base"] / "output" / "scores.json", '{"scores": [3]}')
     (folders["text"] / "lineage.json").write_text("[")
     words = report_text(chain, MADE)
     assert "line 1 must be a JSON row" in words
-    assert "must hold scores as evaluate writes them" in words
+    assert "scores.json has another SHA-256 than the manifest" in words
     assert "JSONDecodeError" in words
     assert "<b>no JSON" not in words
 

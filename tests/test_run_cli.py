@@ -62,10 +62,10 @@ def test_as_a_script_the_root_takes_the_place_of_its_folder(tmp_path):
         ([], "one of the arguments --stage --all --plan --status --sync is required"),
         (["--plan", "--all"], "not allowed with"),
         (["--stag", "train"], "see --help"),
-        (["--plan", "--nothing"], "unrecognized arguments: --nothing"),
+        (["--plan", "--nothing"], "unknown option --nothing"),
         (["--stage", "train", "--from", "x"], "--from and --until belong to --all"),
         (["--stage", "train", "--num_gpus", "2"], "give it to deepspeed"),
-        (["--all", "--num_gpus", "0"], "must be at least 1"),
+        (["--all", "--num_gpus", "0"], "must be from 1 to 100000; got 0"),
         (["--all", "--json"], "--json belongs to"),
     ],
 )

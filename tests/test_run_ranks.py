@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from fake_chain import FAKE_RUN, STAGES, records, write_recipe
@@ -83,6 +84,8 @@ def test_a_file_stop_that_came_before_the_stage_began_stops_all_ranks_before_it(
     directory = build_chain(recipe, tmp_path / "runs", STAGES).nodes["train"].job.directory
     directory.mkdir()
     (directory / "STOP").write_text("SIGINT")
+    later = time.time() + 60
+    os.utime(directory / "STOP", (later, later))
     (first, code), (_, other) = ranks(tmp_path, "--stage", "train")
     assert (code, other) == (85, 85)
     assert "train: saved (SIGINT)" in first[0]

@@ -9,6 +9,10 @@ import pytest
 from finetune_cases import campaign
 from sft_cases import ROWS, SHARED
 
+from pipelines.run import main
+from stages.pretrain import Pretrain, PretrainConfig
+from stages.sft import SFT, SFTConfig
+
 UNIT = 2.0**-24  # half the spacing of fp32 numbers at 1
 
 
@@ -100,3 +104,30 @@ def test_the_output_stops_at_a_turns_end_and_caches(root):  # trap T8
     generation = json.loads((output / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [ids["<|im_end|>"], ids["<|endoftext|>"]]
     assert json.loads((output / "config.json").read_text())["use_cache"] is True
+
+
+@pytest.mark.parametrize(
+    ("schedule", "last"),
+    [
+        ({"kind": "cosine"}, 1e-3), ({"kind": "constant"}, 1e-2),
+        ({"kind": "wsd", "warmup_steps": 2, "decay_steps": 5}, 1e-3),
+    ],
+)  # fmt: skip
+def test_a_peak_above_the_rate_at_which_the_parent_will_end_is_known_before_it_runs(schedule, last):  # trap T1
+    parent = PretrainConfig(
+        kind="pretrain", seq_len=8, global_batch_size=1, max_steps=10, lr=1e-2, min_lr_ratio=0.1, schedule=schedule
+    )
+    plain = {"kind": "sft", "from": "pretrain", "max_length": 8, "global_batch_size": 1, "max_steps": 2}
+    for lr, rewarm, paths in ((last, False, []), (last * 1.01, False, ["lr"]), (last * 1.01, True, [])):
+        config = SFTConfig.model_validate(plain | {"lr": lr, "rewarm": rewarm})
+        assert [fault.path for fault in SFT.check_parent_configs(config, {"from_": parent})] == paths
+    again = parent.model_copy(update={"lr": last * 1.01, "from_": "pretrain"})
+    assert [fault.path for fault in Pretrain.check_parent_configs(again, {"from_": parent})] == ["lr"]
+
+
+def test_the_plan_tells_a_peak_above_the_parents_last_rate(tmp_path, capsys):  # trap T1
+    asked = ["--plan", "--runs", str(tmp_path), "--set", "sft.rewarm=false"]
+    assert main(asked) == 2
+    # The default recipe's pretraining ends at a tenth of 4e-3.
+    assert "sft.lr: must be at most the parent's final lr 0.0004 on a warm start; got 0.0015" in capsys.readouterr().err
+    assert main([*asked, "--set", "sft.lr=4e-4"]) == 0

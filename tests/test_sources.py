@@ -9,7 +9,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from data.catalogs import message_documents, read_catalog
-from data.own_text import sources_from_directory
+from data.own_text import read_directory, sources_from_directory
 from data.rows import MissingField, render_row
 from data.source_config import FilesSource, Source
 from data.sources import SourceError, read_source, source_revision
@@ -57,6 +57,26 @@ def test_bad_lines_of_jsonl_cost_one_document_each_and_are_named(tmp_path):
         ("", "bad_row", "a.jsonl:6"),
         ("schön", None, "a.jsonl:7"),
     ]
+
+
+def test_a_row_whose_text_is_no_text_is_a_bad_row(tmp_path):
+    rows = ["good", 5, 0.5, True, ["a", "b"], {"a": "b"}, None, "again"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": value}) + "\n" for value in rows))
+    documents = read(files_source(tmp_path))
+    assert [d.fault for d in documents] == [None, *["bad_row"] * 5, None, None]
+    assert documents[1].detail == "text holds int 5, not text"
+    # Beside other fields a number is a part of the text.
+    assert [d.fault for d in read(files_source(tmp_path, template="Score: {text}"))] == [None] * len(rows)
+
+
+def test_a_template_that_names_a_field_of_numbers_is_refused_by_the_first_row(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": 5, "text": "x"}\n')
+    message = (
+        r"must give text; got '\{id\}', of which a\.jsonl:1 says: id holds int 5, not text; name a field that holds"
+    )
+    with pytest.raises(SourceError, match=message) as caught:
+        read(files_source(tmp_path, template="{id}"))
+    assert caught.value.field == "template"
 
 
 def test_a_template_that_does_not_fit_the_first_row_says_what_the_row_has(tmp_path):
@@ -224,7 +244,7 @@ def test_a_missing_folder_and_a_pattern_without_files_are_one_line(tmp_path):
 
 
 def test_a_link_that_cannot_be_followed_is_left_out_of_ones_own_text(tmp_path):
-    (tmp_path / "notes.txt").write_text("A short note about the weather of last week.\n")
+    (tmp_path / "notes.txt").write_text("A short note about the weather of last week.\n\nAnd more.\n\nAnd still more.")
     # No file has so long a name: looking fails, as it does where this user may not look.
     (tmp_path / "link.txt").symlink_to("x" * 300)
     assert [source["include"] for source in sources_from_directory(tmp_path)] == [["notes.txt"]]
@@ -234,8 +254,9 @@ def test_a_directory_of_ones_own_text_becomes_sources_that_read_all_of_it(tmp_pa
     for number in (1, 2, 3):
         (tmp_path / f"en[{number}].txt").write_text(ENGLISH)
         (tmp_path / f"de{number}.md").write_text(GERMAN)
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"content": ENGLISH}) + "\n")
-    (tmp_path / "tool.py").write_text("x = 1\n")
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"content": ENGLISH}) + "\n") * 3)
+    for number in (1, 2, 3):
+        (tmp_path / f"tool{number}.py").write_text(f"x = {number}\n")
     (tmp_path / "big.txt").write_text(f"{ENGLISH}\n\n" * 800)
     (tmp_path / ".hidden.txt").write_text("no")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
@@ -243,8 +264,8 @@ def test_a_directory_of_ones_own_text_becomes_sources_that_read_all_of_it(tmp_pa
     assert {(s.name, s.language, s.rules, len(read(s))) for s in sources} == {
         ("own-text-en", "en", "prose", 3),
         ("own-text-de", "de", "prose", 3),
-        ("own-rows-en-content", "en", "prose", 1),
-        ("own-code", "code", "code", 1),
+        ("own-rows-en-content", "en", "prose", 3),
+        ("own-code", "code", "code", 3),
         ("own-collection-en", "en", "prose", 800),
     }
 
@@ -256,15 +277,16 @@ def test_a_directory_without_text_is_refused(tmp_path):
         sources_from_directory(tmp_path / "absent")
 
 
-def test_a_stray_file_is_no_source_of_its_own(tmp_path, capsys):
+def test_a_stray_file_is_no_source_of_its_own(tmp_path):
     for number in range(4):
         (tmp_path / f"english{number}.txt").write_text(f"The quick brown fox number {number} jumps over the lazy dog.")
     (tmp_path / "deutsch.txt").write_text("Der schnelle braune Fuchs springt über den faulen Hund am Fluss.", "utf-8")
     (tmp_path / "latin1.txt").write_bytes("Über den Fluß".encode("latin-1"))
-    (source,) = sources_from_directory(tmp_path)
+    own = read_directory(tmp_path)
+    (source,) = own.sources
     assert source["language"] == "en"
     assert source["include"] == ["deutsch.txt", *(f"english{number}.txt" for number in range(4))]
-    assert "latin1.txt is left out: not UTF-8 (byte 0xdc)" in capsys.readouterr().err
+    assert own.left_out == {"latin1.txt": "not UTF-8: byte 0xdc"}
 
 
 def test_one_file_is_a_collection_of_paragraphs(tmp_path):

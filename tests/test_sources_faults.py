@@ -111,13 +111,13 @@ def test_bad_lines_are_counted_by_rule_with_what_was_found(tmp_path):
     write_rows(tmp_path / "in/a.jsonl", good[:-1])
     with (tmp_path / "in/b.jsonl").open("wb") as file:
         file.write(json.dumps({"text": good[-1]}).encode() + b"\n")
-        file.write(b'{"text": "\xff"}\n{"text": \n{"other": 1}\n"text"\n')
+        file.write(b'{"text": "\xff"}\n{"text": \n{"other": 1}\n"text"\n{"text": 5}\n')
         file.truncate(file.tell() + 100 * MEGABYTE)
         file.seek(0, 2)
         file.write(b'\n{"text": "lone \\udc00 surrogate"}\n')
     corpus = clean(tmp_path / "run", source(tmp_path / "in", max_document_bytes=MEGABYTE))
     assert dropped(corpus) == {
-        "bad_row": 2,
+        "bad_row": 3,
         "invalid_json": 1,
         "invalid_unicode": 1,
         "invalid_utf8": 1,
@@ -125,7 +125,7 @@ def test_bad_lines_are_counted_by_rule_with_what_was_found(tmp_path):
     }
     assert sorted(texts(corpus)) == sorted(good)
     found = {sample["rule"]: sample for sample in report(corpus)["samples"]}
-    assert found["too_large"]["origin"] == "b.jsonl:6"
+    assert found["too_large"]["origin"] == "b.jsonl:7"
     assert found["too_large"]["detail"] == "100,000,000 bytes, more than max_document_bytes 1,000,000"
     assert found["invalid_utf8"]["detail"] == "byte 0xff at 10"
 

@@ -293,9 +293,7 @@ def test_ones_own_text_may_be_compressed_and_is_told_apart_by_what_is_inside(tmp
 
 def test_damaged_own_text_is_refused_with_its_path(tmp_path):
     (tmp_path / "a.txt.gz").write_bytes(b"\x1f\x8b and then nothing")
-    with pytest.raises(
-        SourceError, match=r"--data: .*a\.txt\.gz is damaged \(after 0 bytes: .*\); fetch it again or move"
-    ):
+    with pytest.raises(SourceError, match=r"^/.*a\.txt\.gz is damaged \(after 0 bytes: .*\); fetch it again or move"):
         sources_from_directory(tmp_path)
     (tmp_path / "a.txt.gz").unlink()
     (tmp_path / "b.parquet").write_bytes(b"PAR1 and then nothing")

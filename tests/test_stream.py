@@ -18,8 +18,10 @@ from data.shards import HELDOUT, read_ids, read_info
 from data.stream import StreamLoader
 from data.stream_freeze import freeze_stream
 from data.tokenizer import load
+from stages import STAGES
 from stages.base import ConfigError, StopRequested
 from stages.pretrain import Pretrain
+from stages.runtime.faults import ending_of
 from stages.stream import Stream, StreamConfig
 
 T, G = 16, 4
@@ -173,8 +175,11 @@ def test_a_stream_is_read_forward_only(frozen):
 def test_a_source_that_ends_ends_the_run_by_name_unless_it_was_given_more_passes(tmp_path, tokenizer, sources):
     # trap T5
     stream = loader(freeze(tmp_path, tokenizer, sources, passes={"web-en": 9}))
-    with pytest.raises(DataError, match=r"passes.buch-de must cover the run; source buch-de ended at step \d+, its pa"):
+    with pytest.raises(DataError, match=r"source buch-de ended at step \d+, its pa") as caught:
         read(stream, 500)
+    [(field, message)] = caught.value.faults
+    assert field == "data", "the stage that trains has no passes of its own"
+    assert "(1) done; raise stream.passes.buch-de, set stream.on_end: drop, lower mixture or max_steps" in message
 
 
 def test_a_source_that_ends_may_leave_its_rows_to_the_others(tmp_path, tokenizer, sources):
@@ -242,6 +247,22 @@ def test_the_artifact_freezes_held_out_text_and_stages_no_training_token(frozen)
 def test_what_does_not_fit_a_stream_is_refused(frozen, changes, message):
     with pytest.raises(ValueError, match=message):
         loader(frozen, **changes)
+
+
+def test_what_does_not_fit_a_stream_is_told_before_it_is_frozen(sources):
+    # The tokenizer and the corpus behind the stream would have been made for nothing.
+    stream = StreamConfig(tokenizer="t", sources=sources, lanes=3)
+    plain = {"kind": "pretrain", "data": "stream", "seq_len": 16, "global_batch_size": 4, "max_steps": 9, "lr": 1e-3}
+
+    def told(data, **fields):
+        config = Pretrain.Config.model_validate(plain | fields)
+        return [fault.path for fault in Pretrain.check_parent_configs(config, {"data": data})]
+
+    assert told(stream, packing="whole", cap_epochs=2.0) == ["global_batch_size", "cap_epochs", "mixture", "packing"]
+    assert told(stream, global_batch_size=6, mixture=EQUAL, data_workers=2) == []
+    tokens = STAGES["tokenize"].Config.model_validate({"kind": "tokenize", "corpus": "c", "tokenizer": "t"})
+    assert told(tokens, packing="whole", cap_epochs=2.0) == []
+    assert told(tokens, data_workers=2) == ["data_workers"]
 
 
 def test_files_that_changed_since_the_freeze_are_refused(tmp_path, tokenizer):
@@ -314,6 +335,16 @@ def test_pretraining_on_a_stream_stopped_and_resumed_is_the_uninterrupted_run(tm
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
     losses = stopped.of("train", "loss_nats_per_token") | resumed.of("train", "loss_nats_per_token")
     assert losses == whole.of("train", "loss_nats_per_token")
+
+
+def test_a_stream_that_ends_is_told_by_the_name_of_the_stage_that_has_the_passes(tmp_path, tokenizer, sources):
+    folder = freeze(tmp_path / "stream", tokenizer, sources, passes={"web-en": 9})
+    asked = {**STREAMED, "data": "fluss", "max_steps": 500}
+    with pytest.raises(DataError) as caught:
+        Pretrain().run(context(tmp_path / "run", folder, **asked))
+    (line,) = ending_of(caught.value, "pretrain", tmp_path).lines
+    assert line.startswith("pretrain.data: must last as long as the run; source buch-de ended at step ")
+    assert "raise fluss.passes.buch-de, set fluss.on_end: drop" in line
 
 
 def test_whole_packing_of_a_stream_is_refused_by_name(tmp_path, frozen):

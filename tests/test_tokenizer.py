@@ -300,7 +300,8 @@ def test_the_stage_reports_bytes_a_token_by_language(model_type, corpus, foreign
     assert result.metrics["bytes_per_token_de"] == info["fertility"]["de"]["bytes_per_token"]
     assert set(info["fertility"]) == {"en", "de", "hi", "code"}
     assert info["digest"] == directory_digest(output)
-    assert len(result.summary) == 6
+    assert sum(line.startswith(("en", "de", "hi", "code")) for line in result.summary) >= 4
+    assert any("split rule cuts" in line for line in result.summary)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +310,6 @@ def test_the_stage_reports_bytes_a_token_by_language(model_type, corpus, foreign
         ({"vocab_size": None}, "vocab_size"),
         ({"source": "somewhere"}, "source"),
         ({"indentation_runs": [4]}, "indentation_runs"),
-        ({"model_type": "sentencepiece_bpe", "indentation_runs": [1]}, "indentation_runs"),
         ({"language_shares": {"en": -1.0}}, "language_shares.en"),
         ({"model_type": "import"}, "source"),
         ({"model_type": "import", "source": "org/name", "vocab_size": None}, "revision"),

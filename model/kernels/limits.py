@@ -7,16 +7,31 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+HOPPER = (9, 0)
+"""Compute capability of H100 and H200."""
+
 
 @dataclass(frozen=True)
 class KernelFacts:
-    """One kernel family: the packages that it needs, and the values of a mixer's fields that it was tested with."""
+    """One kernel family: the packages that it needs, and the values of a mixer's fields that it was tested with.
+
+    ``rooms`` are files of ours beside this one that the family needs; a model that was flattened into one file has
+    left them behind. ``capabilities`` are the GPUs on which it passed the parity tests: ``auto`` takes it there alone.
+    """
 
     packages: tuple[str, ...] = ()
     fields: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    rooms: tuple[str, ...] = ()
+    capabilities: tuple[tuple[int, int], ...] = (HOPPER,)
 
 
 KERNELS: dict[str, KernelFacts] = {
+    # Ours: every part of Mamba-2 between its projections (mamba2_core.py).
+    "triton": KernelFacts(
+        ("triton",),
+        {"head_dim": (64, 128), "d_state": (64, 128), "d_conv": (2, 3, 4)},
+        rooms=("conv_triton", "gated_norm_triton", "ssd_triton", "steps_triton"),
+    ),
     "mamba_ssm": KernelFacts(
         ("mamba_ssm", "causal_conv1d"),
         {"head_dim": (64, 128), "d_state": (64, 128), "d_conv": (2, 3, 4), "chunk_size": (64, 128, 256)},
@@ -45,8 +60,14 @@ def limit_faults(name: str, fields: Mapping[str, Any]) -> Iterator[tuple[str, st
 
 
 def absent_packages(name: str) -> list[str]:
-    """Packages that kernel ``name`` needs and this interpreter does not find."""
-    return [package for package in KERNELS[name].packages if importlib.util.find_spec(package) is None]
+    """Packages, and files of ours, that kernel ``name`` needs and this interpreter does not find."""
+    facts = KERNELS[name]
+    absent = [package for package in facts.packages if importlib.util.find_spec(package) is None]
+    return absent + [room for room in facts.rooms if not _stands_beside(room)]
+
+
+def _stands_beside(room: str) -> bool:
+    return bool(__package__) and importlib.util.find_spec(f".{room}", __package__) is not None
 
 
 def _nearest(value: int, allowed: tuple[int, ...]) -> list[int]:

@@ -60,6 +60,7 @@ class Attention(Mixer):
 
     backends: ClassVar = {"torch": attend_sdpa, "reference": attend_by_query}
     kernels: ClassVar = ("sdpa_cudnn", "varlen", "flex")
+    whole_row_kernels: ClassVar = ("sdpa_cudnn",)
 
     def __init__(self, spec: AttentionSpec, model: ModelSpec) -> None:
         super().__init__(spec, model)

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from model.boundaries import Layout
 from model.cache import MixerState
 from model.init import Initialiser
-from model.kernels.limits import absent_packages, limit_faults
+from model.kernels.limits import KERNELS, absent_packages, limit_faults
 from model.spec import ModelSpec
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
-TESTED_CAPABILITIES = ((9, 0),)
-"""Compute capabilities on which every kernel has passed the parity tests: Hopper."""
 
 
 class Mixer(nn.Module, ABC):
@@ -38,6 +36,8 @@ class Mixer(nn.Module, ABC):
     """Cores by name: ``torch`` trains on any machine, ``reference`` is the paper's recurrence, token by token."""
     kernels: ClassVar[tuple[str, ...]] = ()
     """Names of kernels, those that ``auto`` prefers first."""
+    whole_row_kernels: ClassVar[tuple[str, ...]] = ()
+    """Those of them that take rows of one document alone."""
 
     def __init__(self, spec: Any, model: ModelSpec) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Mixer(nn.Module, ABC):
         fits = not any(limit_faults(kernel, dict(self.spec)))
         if not fits or absent_packages(kernel) or not torch.cuda.is_available():
             return False
-        return torch.cuda.get_device_capability() in TESTED_CAPABILITIES
+        return torch.cuda.get_device_capability() in KERNELS[kernel].capabilities
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         owned = [getattr(self, name) for name in self.initialisers]

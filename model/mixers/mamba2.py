@@ -20,6 +20,7 @@ from torch.nn import functional
 from model import init
 from model.boundaries import Layout
 from model.cache import MixerState, RecurrentState
+from model.kernels.mamba2_core import mamba2_core
 from model.kernels.rows import document_numbers
 from model.kernels.ssd import conv_silu, ssd_scan
 from model.layers import CausalConv, GatedRMSNorm, ResidualProjection, at_least_fp32
@@ -97,14 +98,15 @@ def ssd_step(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, state: Tensor) 
 class Mamba2(Mixer):
     """The Mamba-2 layer; parameters are named and ordered (z, x, B, C, dt) as in transformers' Granite hybrid.
 
-    ``mamba_ssm`` takes every call without a state: convolution with SiLU, then the scan with D in it, then our norm and
-    projection, so that adapters, quantised weights and ZeRO's hooks meet the linear layers as ever. It takes decays as
+    Kernels take every call without a state, and leave both projections to their layers, so that adapters, quantised
+    weights and ZeRO's hooks meet them as ever. ``triton`` is our own: one operator for all that lies between them.
+    ``mamba_ssm`` does convolution with SiLU, then the scan with D in it, then comes our norm. It takes decays as
     differences of fp32 running sums over a chunk, so what a chunk held before can show in the last bit of bf16.
     """
 
     initialisers: ClassVar = {"A_log": init.log_decay, "dt_bias": init.step_bias, "D": init.ones}
     backends: ClassVar = {"torch": ssd_chunked, "reference": ssd_recurrence}
-    kernels: ClassVar = ("mamba_ssm",)
+    kernels: ClassVar = ("triton", "mamba_ssm")
 
     def __init__(self, spec: Mamba2Spec, model: ModelSpec) -> None:
         super().__init__(spec, model)
@@ -126,7 +128,10 @@ class Mamba2(Mixer):
     def forward(self, x: Tensor, layout: Layout, state: MixerState | None = None) -> Tensor:
         """(B, T, D) to (B, T, D)."""
         assert state is None or isinstance(state, RecurrentState)
-        z, xbc, dt = self.in_proj(x).split([self.d_inner, self.d_inner + 2 * self.d_groups, self.n_heads], -1)
+        zxbcdt = self.in_proj(x)
+        if state is None and self.takes("triton", zxbcdt):
+            return self.out_proj(self._by_our_kernels(zxbcdt, layout))
+        z, xbc, dt = zxbcdt.split([self.d_inner, self.d_inner + 2 * self.d_groups, self.n_heads], -1)
         if state is None and self.takes("mamba_ssm", xbc):
             return self.out_proj(self.norm(self._by_kernels(xbc, dt, layout).flatten(2), z))
         xbc, conv = self.conv1d(xbc, layout, None if state is None else state.conv)
@@ -138,17 +143,37 @@ class Mamba2(Mixer):
 
     def prepare(self, x: Tensor, layout: Layout) -> None:
         """The documents' numbers, or the torch core's masks."""
-        if self.takes("mamba_ssm", projected(x, self.in_proj.weight)):
+        given = projected(x, self.in_proj.weight)
+        if any(self.takes(kernel, given) for kernel in self.kernels):
             document_numbers(layout)
         elif self.backend != "reference":
             layout.chunk_masks(block_size(x.shape[1], self.spec.chunk_size))
             for shift in range(1, self.spec.d_conv):
                 layout.same_document(shift)
 
+    def _by_our_kernels(self, zxbcdt: Tensor, layout: Layout) -> Tensor:
+        """The rows before the output projection, (B, T, d_inner)."""
+        spec, seq_idx = self.spec, document_numbers(layout)
+        with torch.autocast(zxbcdt.device.type, enabled=False):
+            vectors = (self.dt_bias.float(), -self.A_log.float().exp(), self.D.float())
+            sizes = (spec.head_dim, spec.d_state, spec.n_groups, self.norm.eps)
+
+            # Norm and convolution both hand their weights on from within their own calls.
+            def convolved(joined: Tensor, norm_weight: Tensor) -> Tensor:
+                def core(joined: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+                    given = (joined, weight, bias, *vectors, norm_weight, seq_idx, layout.valid)
+                    return mamba2_core(*given, *sizes)[0]
+
+                return self.conv1d(joined, layout, kernel=core)[0]
+
+            return self.norm(zxbcdt, kernel=convolved)
+
     def _by_kernels(self, xbc: Tensor, dt: Tensor, layout: Layout) -> Tensor:
         """What convolution, SiLU and ``_mix`` give from no state, in half precision with fp32 states: (B, T, H, P)."""
         seq_idx = document_numbers(layout)
         with torch.autocast(xbc.device.type, enabled=False):
+            if layout.valid is not None:
+                xbc = xbc * layout.valid[:, :, None].to(xbc.dtype)
             xbc, _ = self.conv1d(xbc, layout, kernel=lambda *parts: conv_silu(*parts, seq_idx))
             x, b, c = self._heads(xbc)
             rate = -self.A_log.float().exp()

@@ -27,21 +27,21 @@ Z95 = 1.96
 class AlarmConfig(Section):
     """When a run tells its operator that something goes wrong; none of it changes what is learnt."""
 
-    spike_deviations: float | None = Field(6.0, gt=0)
+    spike_deviations: float | None = Field(6.0, gt=0, le=1e6)
     """A step's loss is out of line this many robust standard deviations above the recent median; none never looks."""
-    spike_steps: int = Field(3, ge=1)
+    spike_steps: int = Field(3, ge=1, le=1_000_000_000)
     """Steps out of line one after another that are called a spike."""
-    spike_window_steps: int = Field(64, ge=8)
+    spike_window_steps: int = Field(64, ge=8, le=1_000_000)
     """Steps that the median and its deviation are taken from; a loss that stays out of line as long is the new line."""
-    plateau_window_steps: int = Field(200, ge=4)
+    plateau_window_steps: int = Field(200, ge=4, le=1_000_000)
     """Steps whose mean loss is one piece of evidence about a plateau."""
-    plateau_windows: int | None = Field(5, ge=1)
+    plateau_windows: int | None = Field(5, ge=1, le=1_000_000)
     """Windows one after another without improvement that are called a plateau; none never looks."""
     plateau_min_improvement: float = Field(0.001, ge=0, lt=1)
     """Share of the best window's mean loss by which a later one must lie below it, and beyond the noise of both."""
-    regression_evaluations: int | None = Field(3, ge=1)
+    regression_evaluations: int | None = Field(3, ge=1, le=1_000_000)
     """Held-out evaluations one after another that must be worse than the best one before; none never looks."""
-    regression_tolerance: float = Field(0.01, ge=0)
+    regression_tolerance: float = Field(0.01, ge=0, le=1e6)
     """Share of the best value by which an evaluation, at its interval's better end, must be worse to count."""
 
 

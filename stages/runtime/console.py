@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,14 +33,62 @@ class _Tee:
             with contextlib.suppress(OSError):
                 self._file.write(said)
                 self._file.flush()
-        self._stream.write(said)
+        with outliving(self._stream):
+            self._stream.write(said)
         return len(text)
 
     def flush(self) -> None:
-        self._stream.flush()
+        with outliving(self._stream):
+            self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+class Unheard:
+    """A text stream whose reader may go (``| head``, a pager): what is being run goes on without it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write ``text``, or nothing where nobody reads any more."""
+        with outliving(self._stream):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush likewise."""
+        with outliving(self._stream):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def outliving(stream: TextIO) -> Iterator[None]:
+    """When the reader of ``stream`` is gone, everything that is written to it from then on goes nowhere."""
+    try:
+        yield
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+@contextlib.contextmanager
+def without_readers() -> Iterator[None]:
+    """Inside, standard output and error may lose their readers."""
+    old = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Unheard(old[0]), Unheard(old[1])
+    try:
+        yield
+    finally:
+        # Or the interpreter's end would find that nobody reads.
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = old
 
 
 @contextlib.contextmanager

@@ -61,8 +61,8 @@ def engine_facts(name: str, directory: Path = DS_CONFIGS) -> dict[str, Any]:
     """
     names = sorted(path.stem for path in directory.glob("*.json"))
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0) or ["zero1"]
-        raise _error([f"must name a file of ds_configs, one of {', '.join(names)}; got {name!r}; set {near[0]}"])
+        must = f"must name a file of ds_configs, one of {', '.join(names)}; got {name!r}"
+        raise _error([f"{must}; set {_meant(name, names)}"])
     try:
         facts = json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))
     except ValueError as error:
@@ -70,6 +70,15 @@ def engine_facts(name: str, directory: Path = DS_CONFIGS) -> dict[str, Any]:
     if faults := _key_faults(name, facts):
         raise _error(faults)
     return facts
+
+
+def _meant(name: str, names: list[str]) -> str:
+    """The file that a wrong name may mean: the same ZeRO stage however written, else nearly the same letters."""
+    if "offload" in name.lower():
+        alike = [known for known in names if "offload" in known]
+    else:
+        alike = [known for known in names if known[-1:] in [letter for letter in name if letter.isdigit()]]
+    return (alike or difflib.get_close_matches(name, names, n=1, cutoff=0.9) or ["zero1"])[0]
 
 
 def zero_stage(facts: Mapping[str, Any]) -> int:
@@ -100,25 +109,38 @@ def combination_faults(
     return faults
 
 
+def fitting_micro_batch_size(*, global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """The largest size up to ``micro_batch_size`` that divides the rows of a rank.
+
+    ``micro_batch_size`` itself where the ranks do not divide ``global_batch_size``: that is refused elsewhere.
+    """
+    rows, rest = divmod(global_batch_size, world_size)
+    if rest:
+        return micro_batch_size
+    return next(size for size in range(min(micro_batch_size, rows), 0, -1) if rows % size == 0)
+
+
 def accumulation_steps(*, global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
     """Micro-steps per optimizer step on each rank.
 
     Raises:
-        ConfigError: when the rows do not divide, listing the values that do.
+        ConfigError: when the rows do not divide, naming a value that does.
     """
     if global_batch_size % world_size:
         message = (
             f"must be a multiple of the {world_size} ranks; got {global_batch_size}; set one, or start fewer ranks"
         )
         raise ConfigError(Fault("global_batch_size", message))
+    fitting = fitting_micro_batch_size(
+        global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, world_size=world_size
+    )
     rows = global_batch_size // world_size
     if rows % micro_batch_size:
-        allowed = [size for size in range(1, rows + 1) if rows % size == 0]
         raise ConfigError(
             Fault(
                 "micro_batch_size",
                 f"must divide the {rows} sequences of a rank (global_batch_size {global_batch_size} over {world_size} "
-                f"ranks); got {micro_batch_size}; set one of {allowed}",
+                f"ranks); got {micro_batch_size}; set {fitting}",
             )
         )
     return rows // micro_batch_size
@@ -135,9 +157,9 @@ def engine_config(
 ) -> dict[str, Any]:
     """DeepSpeed's config: the facts and the stage's numbers.
 
-    bf16 is torch's autocast, which keeps every parameter and the optimizer fp32; ``bf16.enabled`` would cast A_log, D
-    and dt_bias too (TRAPS K7). No module is listed as safe for bf16 communication, so gradients are reduced, and ZeRO-3
-    gathers weights, in fp32: otherwise biases in linear layers would be rounded on the way.
+    bf16, and with it fp8, is torch's autocast, which keeps every parameter and the optimizer fp32; ``bf16.enabled``
+    would cast A_log, D and dt_bias too (TRAPS K7). No module is listed as safe for bf16 communication, so gradients are
+    reduced, and ZeRO-3 gathers weights, in fp32: otherwise biases in linear layers would be rounded on the way.
     """
     steps = accumulation_steps(
         global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, world_size=world_size
@@ -150,7 +172,7 @@ def engine_config(
         "gradient_clipping": max_grad_norm,
         "zero_force_ds_cpu_optimizer": False,
     }
-    if precision == "bf16":
+    if precision != "fp32":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return config
 

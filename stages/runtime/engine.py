@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stages.runtime import distributed, rng
+from stages.runtime import distributed, rng, zero
 from stages.runtime.manifest import CheckpointError
-from stages.runtime.optimizer import GatedAdamW
+from stages.runtime.optimizer_base import GatedAdamW
 
 TAG = "engine"
 Judge = Callable[[float], str | None]
@@ -47,15 +47,14 @@ class TrainingEngine:
     def __init__(self, model: nn.Module, optimizer: GatedAdamW, config: Mapping[str, Any]) -> None:
         prepare_environment()
         import deepspeed
-        from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
         distributed.init_process_group()
-        if GatedAdamW not in ZERO_SUPPORTED_OPTIMIZERS:
-            ZERO_SUPPORTED_OPTIMIZERS.append(GatedAdamW)
+        zero.support(type(optimizer))
         self.model = model
         self.optimizer = optimizer
         self.zero_stage: int = config["zero_optimization"]["stage"]
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(config))
+        zero.attach(self._engine, optimizer)
         self.device = torch.device(self._engine.device)
 
     def forward(self, **inputs: Any) -> Any:
@@ -159,12 +158,12 @@ class TrainingEngine:
         groups = self.optimizer.param_groups
         if self.zero_stage == 0:
             return [(group["params"], group["weight_decay"]) for group in groups]
-        zero = self._engine.optimizer
+        sharded = self._engine.optimizer
         if self.zero_stage == 3:
-            owners = [zero.sub_group_to_group_id[number] for number in range(len(zero.fp16_groups))]
-            pairs = zip(zero.fp16_groups, owners, strict=True)
+            owners = [sharded.sub_group_to_group_id[number] for number in range(len(sharded.fp16_groups))]
+            pairs = zip(sharded.fp16_groups, owners, strict=True)
             return [(list(part), groups[owner]["weight_decay"]) for part, owner in pairs]
-        return [(list(part), group["weight_decay"]) for part, group in zip(zero.bit16_groups, groups, strict=True)]
+        return [(list(part), group["weight_decay"]) for part, group in zip(sharded.bit16_groups, groups, strict=True)]
 
     def _plain_grad_norm(self) -> float:
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]

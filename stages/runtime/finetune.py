@@ -26,8 +26,8 @@ from stages.runtime.finetune_library import borrowed_libraries, training_argumen
 from stages.runtime.finetune_loop import FinetuneLoop, FinetuneState
 from stages.runtime.finetune_report import OF_THE_COURSE, summary_lines
 from stages.runtime.finetune_trainer import AlreadyTrained, Boundaries, take_over
-from stages.runtime.loop import one_line_when_out_of_memory
-from stages.runtime.optimizer import GatedAdamW, adamw, embedding_parameters, parameter_groups
+from stages.runtime.optimizer import embedding_parameters, make_optimizer
+from stages.runtime.optimizer_base import GatedAdamW
 from stages.runtime.progress import Progress, peak_flops
 
 EVALUATION = "evaluation.json"
@@ -153,8 +153,7 @@ class Finetuning(ABC):
                 self.prepare()
             self._build()
             try:
-                with one_line_when_out_of_memory(self.config.micro_batch_size):
-                    self.trainer.train()
+                self.trainer.train()
             except AlreadyTrained:
                 self.progress.say("every step was done before; the end is written again")
             self.loop.save()
@@ -171,8 +170,7 @@ class Finetuning(ABC):
         named = dict(self.model.named_parameters())
         self._undecayed = {name for name, weight in named.items() if id(weight) in embeddings or exempt(name, weight)}
         self._islands = init.fp32_islands(self.model)
-        groups = parameter_groups(self.model, weight_decay=config.weight_decay, decay_embeddings=False, exempt=exempt)
-        self.optimizer = adamw(groups, betas=config.betas, eps=config.eps)
+        self.optimizer = make_optimizer(self.model, config, decay_embeddings=False, exempt=exempt)
         return self.optimizer
 
     def begin(self) -> None:
@@ -202,7 +200,8 @@ class Finetuning(ABC):
 
     def checkpoint_bytes(self) -> int | None:
         """Size of a checkpoint, all ranks together; None where only a part of the model is trained."""
-        return cost.checkpoint_bytes(self.spec, zero_stage=self.engine.zero_stage)
+        kind = self.config.optimizer.kind
+        return cost.checkpoint_bytes(self.spec, zero_stage=self.engine.zero_stage, optimizer=kind)
 
     def measured(self) -> dict[str, Any]:
         """``measure`` in evaluation mode, every random generator left as it was (TRAPS M2)."""
@@ -270,6 +269,7 @@ class Finetuning(ABC):
             world_size=distributed.world_size(),
             peak=peak_flops(torch.cuda.get_device_name()) if gpu and self.config.precision == "bf16" else None,
             quiet=distributed.rank() != 0,
+            checkpoint_every_steps=self.config.checkpoint_every_steps,
         )
         arguments = training_arguments(self.config, self.context, self.engine_config)
         self.trainer = self.make_trainer(model, arguments, [Boundaries(self)])

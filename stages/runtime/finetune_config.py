@@ -13,7 +13,13 @@ from stages.base import Fault, Stage, operational
 from stages.runtime import settings
 from stages.runtime.schedule import extends
 from stages.runtime.training_config import TrainingConfig
-from stages.runtime.warm_start import learning_rate_faults, model_faults, parent_metrics, spec_of
+from stages.runtime.warm_start import (
+    learning_rate_faults,
+    model_faults,
+    parent_metrics,
+    planned_rate_faults,
+    spec_of,
+)
 
 
 class FinetuneConfig(TrainingConfig):
@@ -21,9 +27,11 @@ class FinetuneConfig(TrainingConfig):
 
     from_: str = Field(alias="from")
     """Training stage (or artifact path) whose weights and tokenizer this run starts from."""
-    max_length: int = Field(ge=8)
+    max_length: int = Field(ge=8, le=2**24)
     """Longest sequence that is trained on, tokens."""
-    weight_decay: float = Field(0.0, ge=0)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Arithmetic of matrix products: ``bf16`` autocasts, parameters and optimizer state stay fp32 in either."""
+    weight_decay: float = Field(0.0, ge=0, le=10)
     """AdamW's decoupled decay a step, times lr; embeddings, norms, biases and A_log, D, dt_bias are never decayed."""
 
 
@@ -65,9 +73,19 @@ class FinetuneStage(Stage):
         return faults + ([] if model is None else model_faults(model, spec_of(parent / "output")))
 
     @classmethod
+    def check_parent_configs(cls, config: Any, parents: Mapping[str, Any]) -> list[Fault]:
+        """A peak above the last learning rate that the parent's schedule will come to (TRAPS T1)."""
+        return planned_rate_faults(config, parents["from_"]) if "from_" in parents else []
+
+    @classmethod
     def check_devices(cls, config: Any, world_size: int | None, has_gpu: bool | None) -> list[Fault]:
         """Sequences that do not divide over the ranks, and off-loading without a GPU."""
         return settings.device_faults(config, world_size, has_gpu)
+
+    @classmethod
+    def fitted(cls, config: Any, world_size: int) -> Any:
+        """``config`` with a micro-batch that divides the rows of a rank."""
+        return settings.fitted(config, world_size)
 
     @classmethod
     def plan(cls, config: Any, model: ModelSpec | None, world_size: int) -> dict[str, Any]:

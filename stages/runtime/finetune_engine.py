@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stages.runtime import rng
+from stages.runtime import rng, zero
 from stages.runtime.engine import TAG, TrainingEngine, random_states_file
 from stages.runtime.manifest import CheckpointError
-from stages.runtime.optimizer import GatedAdamW
+from stages.runtime.optimizer_base import GatedAdamW
 
 
 class AdoptedEngine(TrainingEngine):
@@ -26,6 +26,7 @@ class AdoptedEngine(TrainingEngine):
         self.optimizer = optimizer
         self.zero_stage: int = engine.zero_optimization_stage()
         self._engine = engine
+        zero.attach(engine, optimizer)
         self.device = torch.device(engine.device)
         self._has_frozen = any(not parameter.requires_grad for parameter in model.parameters())
 

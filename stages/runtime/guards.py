@@ -15,11 +15,11 @@ from stages.base import Section, operational
 class GuardConfig(Section):
     """When a step is skipped, and when skipping ends the run (TRAPS T3)."""
 
-    max_skipped_in_a_row: int = operational(10, ge=1)
+    max_skipped_in_a_row: int = operational(10, ge=1, le=1_000_000_000)
     """Skipped steps one after another that stop the run with exit code 1: when to give up, never what is learnt."""
-    spike_factor: float | None = Field(None, gt=1)
+    spike_factor: float | None = Field(None, gt=1, le=1e6)
     """Skip a step whose gradient norm exceeds this many times its running mean; none never skips a finite step."""
-    spike_window_steps: int = Field(64, ge=1)
+    spike_window_steps: int = Field(64, ge=1, le=1_000_000)
     """Length of that running mean (exponential), and the number of taken steps before the first spike can be called."""
 
 

@@ -38,6 +38,8 @@ from stages.runtime.code import write_code
 from stages.runtime.console import copied_to
 from stages.runtime.faults import DONE, Ending, ending_of, is_refusal
 from stages.runtime.lock import ArtifactBusyError, hold
+from stages.runtime.out_of_memory import explained
+from stages.runtime.stop_file import clear_old
 from stages.runtime.tracking import open_tracker
 
 
@@ -76,6 +78,8 @@ def _lead(stage: Stage, job: Job, around: Surroundings, ready: Callable[[], None
         return EXIT_DONE
     with copied_to(job.directory / "log.txt") as log:
         record = _begin(job, previous, around)
+        if line := clear_old(job.name, job.directory):
+            print(line)
         return _attempt(stage, job, around, previous, record, log, ready)
 
 
@@ -100,7 +104,8 @@ def _attempt(
         result = _run(stage, context)
         _seal(stage, job, record, tracker, result)
         ending = DONE
-    except BaseException as error:
+    except BaseException as caught:
+        error = explained(caught, stage, job.config, job.model, distributed.world_size())
         ending = ending_of(error, job.name, job.directory)
         _report(ending, log)
         if is_refusal(error) and previous is not None and previous["state"] != "failed":
@@ -123,7 +128,8 @@ def follow(stage: Stage, job: Job, around: Surroundings) -> int:
     record = artifact.read_record(job.directory) or {}
     try:
         _run(stage, _context(stage, job, around, _open_tracker(job, around), record))
-    except BaseException as error:
+    except BaseException as caught:
+        error = explained(caught, stage, job.config, job.model, distributed.world_size())
         ending = ending_of(error, job.name, job.directory)
         if is_refusal(error) and record.get("host") == socket.gethostname():
             # Every rank of this machine is given the same, and rank 0 says it.
@@ -252,7 +258,11 @@ def _open_tracker(job: Job, around: Surroundings) -> Any:
 
 def _context(stage: Stage, job: Job, around: Surroundings, tracker: Any, record: Mapping[str, Any]) -> StageContext:
     output, work = job.directory / "output.tmp", job.directory / "work"
+    ranks = distributed.world_size()
+    config = stage.fitted(job.config, ranks)
     if distributed.rank() == 0:
+        if note := fitted_note(job.name, job.config, config, ranks):
+            print(note)
         shutil.rmtree(output, ignore_errors=True)
         output.mkdir()
         work.mkdir(exist_ok=True)
@@ -264,7 +274,7 @@ def _context(stage: Stage, job: Job, around: Surroundings, tracker: Any, record:
         name=job.name,
         key=job.key,
         seed=job.seed,
-        config=job.config,
+        config=config,
         model=job.model,
         directory=job.directory,
         output=output,
@@ -274,6 +284,17 @@ def _context(stage: Stage, job: Job, around: Surroundings, tracker: Any, record:
         tracker=tracker,
         record=record,
     )
+
+
+def fitted_note(name: str, asked: Any, config: Any, ranks: int) -> str | None:
+    """What a stage's ``fitted`` made of the config that was asked for, in one line; None where nothing."""
+    changes = [
+        f"{field} {getattr(asked, field)} -> {getattr(config, field)}"
+        for field in type(asked).model_fields
+        if getattr(asked, field) != getattr(config, field)
+    ]
+    share = f"the share of each of {ranks} ranks" if ranks > 1 else "the batch"
+    return f"{name}: {', '.join(changes)}, which divides {share}; the result stays the same" if changes else None
 
 
 def _run(stage: Stage, context: StageContext) -> StageResult:

@@ -6,11 +6,11 @@ resumed is the uninterrupted run (TRAPS T6).
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -93,6 +93,7 @@ class TrainLoop:
         tracker: ``log(event, step, values)``.
         watch: knows whether the run was asked to stop.
         progress: prints.
+        first_step: what the first step of this process runs in.
     """
 
     def __init__(
@@ -109,7 +110,9 @@ class TrainLoop:
         watch: Any,
         progress: Progress,
         facts: Mapping[str, Any],
+        first_step: AbstractContextManager[None] | None = None,
     ) -> None:
+        self._first_step = first_step or nullcontext()
         self.settings, self.engine, self.batch, self.evaluate = settings, engine, batch, evaluate
         self.guard, self.store, self.tracker, self.watch = guard, store, tracker, watch
         self.progress, self.facts, self.alarms = progress, facts, alarms
@@ -138,8 +141,9 @@ class TrainLoop:
         self.progress.resume_clock()
         self.watch.then = "saving after this step"
         while self.state.step < self.settings.max_steps:
-            with one_line_when_out_of_memory(self.settings.micro_batch_size):
+            with self._first_step:
                 self._train_step()
+            self._first_step = nullcontext()
             self._at_boundary()
         self.save()
 
@@ -267,19 +271,3 @@ class TrainLoop:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-@contextlib.contextmanager
-def one_line_when_out_of_memory(micro_batch_size: int) -> Iterator[None]:
-    """Turn running out of memory into one line that names the field to lower."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # On the host torch's allocator raises a plain RuntimeError.
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not known and "can't allocate memory" not in str(error):
-            raise
-        raise RuntimeError(
-            f"out of memory in a training step at micro_batch_size {micro_batch_size}; lower micro_batch_size "
-            "(the result stays the same), or set activation_checkpointing, or another deepspeed config"
-        ) from error

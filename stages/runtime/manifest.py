@@ -49,18 +49,42 @@ def verify_manifest(directory: Path) -> str:
     """
     content = _read_manifest(directory)
     listed: dict[str, dict[str, Any]] = json.loads(content)["files"]
-    present = {name: (directory / name).stat().st_size for name in _files(directory)}
-    faults = [f"{name} is missing" for name in sorted(listed.keys() - present.keys())]
-    faults += [f"{name} is not in the manifest" for name in sorted(present.keys() - listed.keys())]
-    for name in sorted(listed.keys() & present.keys()):
-        if present[name] != listed[name]["bytes"]:
-            faults.append(f"{name} has {present[name]} bytes, the manifest says {listed[name]['bytes']}")
+    faults = _faults_of_sizes(directory, listed)
     if not faults:
         found = _hash_files(directory, sorted(listed))
         faults = [f"{name} has another SHA-256 than the manifest" for name in listed if found[name] != listed[name]]
     if faults:
         raise CheckpointError(f"{directory}: {'; '.join(faults)}; {_WAY_OUT}")
     return hashlib.sha256(content).hexdigest()
+
+
+def damage_at_a_glance(directory: Path, digest: str | None = None) -> str | None:
+    """What is wrong with a sealed directory, by names and sizes alone; None where nothing is.
+
+    Nothing is hashed but the manifest, whose SHA-256 must be ``digest`` where that is given: content is looked at when
+    it is loaded, or by ``verify_manifest``.
+    """
+    try:
+        content = _read_manifest(directory)
+        faults = _faults_of_sizes(directory, json.loads(content)["files"])
+    except CheckpointError as error:
+        return str(error).removeprefix(f"{directory}: ").removesuffix(f"; {_WAY_OUT}")
+    except OSError as error:
+        return f"{error.filename} cannot be read: {error.strerror}"
+    if not faults and digest not in (None, hashlib.sha256(content).hexdigest()):
+        return f"{MANIFEST} is not the one that was sealed"
+    return "; ".join(faults) or None
+
+
+def _faults_of_sizes(directory: Path, listed: dict[str, dict[str, Any]]) -> list[str]:
+    present = {name: (directory / name).stat().st_size for name in _files(directory)}
+    faults = [f"{name} is missing" for name in sorted(listed.keys() - present.keys())]
+    faults += [f"{name} is not in the manifest" for name in sorted(present.keys() - listed.keys())]
+    return faults + [
+        f"{name} has {present[name]} bytes, the manifest says {listed[name]['bytes']}"
+        for name in sorted(listed.keys() & present.keys())
+        if present[name] != listed[name]["bytes"]
+    ]
 
 
 def manifest_size_bytes(directory: Path) -> int:

@@ -9,16 +9,21 @@ from typing import Any
 from pydantic import Field
 
 from data.mixture import Mixture, Phase, cell_of
+from data.stream_config import StreamSettings
 from stages.base import Fault, Section, SourceName
 
 
 class MixturePhase(Section):
     """Other shares from one step on: annealing on the best text, or a curriculum."""
 
-    from_step: int = Field(ge=1)
+    from_step: int = Field(ge=1, le=1_000_000_000)
     """First optimizer step of the phase."""
     mixture: dict[str, float] = Field(min_length=1)
     """Weights that hold from there, named as in the first ``mixture``."""
+
+
+STREAM_PACKING = "must be cut with a stream; got {}; tokenize to keep documents whole"
+SHARD_WORKERS = "must be 0 with shards, which cost nothing to read; got {}; set it to 0"
 
 
 def mixture(config: Any) -> Mixture:
@@ -92,3 +97,12 @@ def _weights(config: Any) -> Iterator[tuple[str, dict[str, float]]]:
         yield "mixture", config.mixture
     for number, phase in enumerate(config.phases):
         yield f"phases.{number}.mixture", phase.mixture
+
+
+def data_faults(config: Any, data: Any) -> list[Fault]:
+    """Faults of a run against the config of the stage that will make its data: ``stream`` or ``tokenize``."""
+    if isinstance(data, StreamSettings):
+        weighed, capped = config.mixture is not None, config.cap_epochs is not None
+        faults = [Fault(*one) for one in data.unfit(config.global_batch_size, weighed, capped)]
+        return faults if config.packing == "cut" else [*faults, Fault("packing", STREAM_PACKING.format(config.packing))]
+    return [Fault("data_workers", SHARD_WORKERS.format(config.data_workers))] if config.data_workers else []

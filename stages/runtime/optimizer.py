@@ -1,26 +1,41 @@
-"""AdamW with the right decay groups, built here so that DeepSpeed compiles nothing, and able to leave a step out."""
+"""The optimizer of a run, with groups built here, so that DeepSpeed neither compiles anything nor chooses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
+from stages.runtime.optimizer_8bit import LEAST_ELEMENTS, AdamW8bit
+from stages.runtime.optimizer_base import GatedAdamW
+from stages.runtime.optimizer_muon import Muon
 
-class GatedAdamW(torch.optim.AdamW):
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) that takes a step only while ``gate()`` is true.
 
-    The engine clips and calls ``step``, once for each of its groups; by then the gradient's norm is known, so this is
-    where a bad step can still be left out. Shut until the loop opens it: no engine start-up counts as a step.
+def make_optimizer(
+    model: nn.Module, config: Any, *, decay_embeddings: bool, exempt: Callable[[str, nn.Parameter], bool]
+) -> GatedAdamW:
+    """The optimizer that ``config.optimizer`` names over ``model``'s trainable parameters; lr is 0 until it is set.
+
+    ``exempt`` and ``decay_embeddings`` are ``parameter_groups``'s.
+
+    Raises:
+        ValueError: if nothing can be trained.
     """
+    groups = parameter_groups(model, weight_decay=config.weight_decay, decay_embeddings=decay_embeddings, exempt=exempt)
+    if config.optimizer.kind == "adamw":
+        return adamw(groups, betas=config.betas, eps=config.eps)
+    common = {"lr": 0.0, "betas": config.betas, "eps": config.eps, "fused": True}
+    projections = projection_weights(model)
+    if config.optimizer.kind == "muon":
+        return Muon(with_own(groups, projections), momentum=config.optimizer.momentum, **common)
+    large = {id(weight) for weight in model.parameters() if weight.numel() >= LEAST_ELEMENTS}
+    return AdamW8bit(with_own(groups, projections & large), **common)
 
-    gate: Callable[[], bool] = staticmethod(lambda: False)
 
-    def step(self, closure: Any = None) -> Any:
-        """One AdamW step, or nothing."""
-        return super().step(closure) if self.gate() else None
+def adamw(groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float) -> GatedAdamW:
+    """The fused optimizer over ``groups``; lr is 0 until the loop sets it, before every step."""
+    return GatedAdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
 
 
 def parameter_groups(
@@ -51,13 +66,28 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
+def with_own(groups: list[dict[str, Any]], chosen: set[int]) -> list[dict[str, Any]]:
+    """``groups`` with every one parted in two: parameters whose id is in ``chosen`` get ``"own": True``."""
+    parted = []
+    for group in groups:
+        for own in (True, False):
+            members = [parameter for parameter in group["params"] if (id(parameter) in chosen) is own]
+            parted += [{**group, "params": members, "own": own}] if members else []
+    return parted
+
+
+def projection_weights(model: nn.Module) -> set[int]:
+    """Ids of the weights of the blocks' linear projections: ``nn.Linear`` but for the head.
+
+    Convolutions, which are matrices by their dimensions alone, are none (DeepSpeed's rule for Muon takes them).
+    """
+    embeddings = {id(weight) for weight in embedding_parameters(model)}
+    weights = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    return weights - embeddings
+
+
 def embedding_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The weights of the input embedding and, where it is not tied, of the head."""
     modules = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
     weights = {id(module.weight): module.weight for module in modules if module is not None}
     return list(weights.values())
-
-
-def adamw(groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float) -> GatedAdamW:
-    """The fused optimizer over ``groups``; lr is 0 until the loop sets it, before every step."""
-    return GatedAdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -12,22 +13,23 @@ import transformers
 
 from data import baselines
 from data.heldout import HeldoutSet
-from model import cost, init
-from model.block import compile_parts
-from model.config import HybridConfig
-from model.lm import HybridForCausalLM, model_backends
+from model import cost
+from model.lm import model_backends
 from stages.base import ConfigError, Fault, StageContext, StageResult, StopRequested
-from stages.runtime import distributed, ds_config, rng, settings, warm_start
+from stages.runtime import distributed, rng, settings, warm_start
 from stages.runtime.alarms import Alarms
 from stages.runtime.audit import TrainingRecord, audit
-from stages.runtime.checkpoint import CheckpointStore, load_weights, save_weights
-from stages.runtime.engine import TrainingEngine, prepare_environment
+from stages.runtime.checkpoint import CheckpointStore, save_weights
+from stages.runtime.engine import prepare_environment
 from stages.runtime.evaluation import evaluate
 from stages.runtime.faults import faults_of
+from stages.runtime.fp8_limits import fp8_lines
 from stages.runtime.guards import StepGuard
+from stages.runtime.kernel_cache import kernel_cache
 from stages.runtime.loop import LoopSettings, TrainLoop
 from stages.runtime.manifest import MANIFEST
-from stages.runtime.optimizer import adamw, embedding_parameters, parameter_groups
+from stages.runtime.patience import patience
+from stages.runtime.pretraining_engine import build_engine, checked_engine_config
 from stages.runtime.progress import EvaluationProgress, Progress, count_of, peak_flops
 from stages.runtime.schedule import lr_at, same_path
 from stages.runtime.training_data import TrainingData
@@ -58,7 +60,7 @@ class Pretraining:
             # Data and engine take minutes at full size, so a request is honoured between them too.
             self._stop_if_asked()
             with faults_of(self.context.name):
-                self._check_engine()
+                self.engine_config = checked_engine_config(self.config)
                 self._open_data()
             self._stop_if_asked()
             self._build()
@@ -77,23 +79,6 @@ class Pretraining:
         if self.watch.agreed():
             raise StopRequested(f"before the first step of this attempt, asked to stop by {self.watch.reason}")
 
-    def _check_engine(self) -> None:
-        config = self.config
-        facts = ds_config.engine_facts(config.deepspeed)
-        faults = ds_config.combination_faults(
-            facts, name=config.deepspeed, compile_model=config.compile, has_gpu=torch.cuda.is_available()
-        )
-        if faults:
-            raise ConfigError(faults)
-        self.engine_config = ds_config.engine_config(
-            facts,
-            global_batch_size=config.global_batch_size,
-            micro_batch_size=config.micro_batch_size,
-            world_size=distributed.world_size(),
-            max_grad_norm=config.max_grad_norm,
-            precision=config.precision,
-        )
-
     def _open_data(self) -> None:
         folder = self.context.parent_output("data")
         self.data = TrainingData(self.context)
@@ -105,37 +90,16 @@ class Pretraining:
         self.tokenizer_dir = folder / "tokenizer"
 
     def _build(self) -> None:
-        config, info = self.config, self.data.info
+        info = self.data.info
         rng.seed_all(self.context.seed)
-        self.model = HybridForCausalLM(
-            HybridConfig.from_spec(self.spec, eos_token_id=info.eos_id, pad_token_id=info.pad_id)
-        ).float()
-        if "from_" in self.context.parents:
-            load_weights(self.context.parent_output("from_"), self.model)
-        if config.activation_checkpointing:
-            # transformers renamed the method within the versions that we support.
-            getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)()
-        # Names are taken before the engine: ZeRO-3 flattens what it partitions.
-        islands, undecayed = init.fp32_islands(self.model), self._undecayed()
-        groups = parameter_groups(
-            self.model,
-            weight_decay=config.weight_decay,
-            decay_embeddings=config.decay_embeddings,
-            exempt=init.no_decay,
+        self.model, self.engine = build_engine(
+            self.config,
+            self.spec,
+            self.engine_config,
+            eos_id=info.eos_id,
+            pad_id=info.pad_id,
+            weights=self.context.parent_output("from_") if "from_" in self.context.parents else None,
         )
-        if config.compile:
-            compile_parts(self.model)
-        optimizer = adamw(groups, betas=config.betas, eps=config.eps)
-        self.engine = TrainingEngine(self.model, optimizer, self.engine_config)
-        self.engine.assert_precision(islands, undecayed)
-
-    def _undecayed(self) -> set[str]:
-        embeddings = {id(weight) for weight in embedding_parameters(self.model)}
-        return {
-            name
-            for name, parameter in self.model.named_parameters()
-            if (not self.config.decay_embeddings if id(parameter) in embeddings else init.no_decay(name, parameter))
-        }
 
     def _loop(self, watch: Any) -> TrainLoop:
         config = self.config
@@ -148,7 +112,9 @@ class Pretraining:
             checkpoint_every_steps=config.checkpoint_every_steps,
             pin_at_step=settings.pin_step(config),
             log_every_steps=config.log_every_steps,
-            checkpoint_bytes=cost.checkpoint_bytes(self.spec, zero_stage=self.engine.zero_stage),
+            checkpoint_bytes=cost.checkpoint_bytes(
+                self.spec, zero_stage=self.engine.zero_stage, optimizer=config.optimizer.kind
+            ),
         )
         return TrainLoop(
             loop_settings,
@@ -162,7 +128,15 @@ class Pretraining:
             watch=watch,
             progress=self._progress(),
             facts=self.data.facts(self._run_facts()),
+            first_step=self._first_step(),
         )
+
+    def _first_step(self) -> AbstractContextManager[None] | None:
+        """Tells what the wait is where kernels are compiled and tuned."""
+        if not (self.config.compile or torch.cuda.is_available()) or distributed.rank() != 0:
+            return None
+        what = "compiling and autotuning kernels: the first step can take minutes; later starts read"
+        return patience(_say, f"{what} {kernel_cache()}", "first step done")
 
     def _lr(self, step: int) -> float:
         config = self.config
@@ -175,8 +149,9 @@ class Pretraining:
             tokens_per_step=self.config.global_batch_size * self.config.seq_len,
             flops_per_token=cost.training_flops_per_token(self.spec, self.config.seq_len),
             world_size=distributed.world_size(),
-            peak=peak_flops(torch.cuda.get_device_name()) if gpu and self.config.precision == "bf16" else None,
+            peak=peak_flops(torch.cuda.get_device_name()) if gpu and self.config.precision != "fp32" else None,
             quiet=distributed.rank() != 0,
+            checkpoint_every_steps=self.config.checkpoint_every_steps,
         )
 
     def _run_facts(self) -> dict[str, Any]:
@@ -241,8 +216,8 @@ class Pretraining:
         )
         for line in self.data.lines():
             progress.say(line)
-        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        for line in model_backends(self.model, dtype):
+        dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+        for line in [*model_backends(self.model, dtype), *fp8_lines(self.spec, config.precision)]:
             progress.say(f"  {line}")
 
     def _evaluate(self) -> dict[str, Any]:
@@ -347,3 +322,7 @@ class Pretraining:
         if parent and not same_set:
             lines.append("  the parent was measured on another held-out set: not compared")
         return lines + self.data.ending()
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -42,6 +42,8 @@ class Progress:
     peak: float | None
     quiet: bool
     stream: TextIO | None = None
+    checkpoint_every_steps: int = 0
+    """Steps between saves, for the line that has none to tell of yet; 0 where only the end is saved."""
 
     def __post_init__(self) -> None:
         self._since = time.monotonic()
@@ -99,11 +101,19 @@ class Progress:
             parts.append(f"{figures['data_wait_share']:.0%} waiting for data")
         if "eta_s" in figures:
             parts.append(f"ETA {duration(figures['eta_s'])}")
-        age = figures.get("checkpoint_age_s")
-        parts.append("no checkpoint yet" if age is None else f"saved {duration(age)} ago")
+        if saved := self._saved(step, figures.get("checkpoint_age_s")):
+            parts.append(saved)
         if skipped:
             parts.append(f"{skipped} skipped")
         return "  ".join(parts)
+
+    def _saved(self, step: int, age_s: float | None) -> str:
+        """The age of the checkpoint, or when the first one is due; nothing where the run saves at its end alone."""
+        if age_s is not None:
+            return f"saved {duration(age_s)} ago"
+        every = self.checkpoint_every_steps
+        due = -(-step // every) * every if every else self.max_steps
+        return f"first checkpoint at step {due}" if due < self.max_steps else ""
 
     def say(self, text: str) -> None:
         """Print ``text``, on the rank that speaks."""

@@ -21,9 +21,9 @@ class AdapterConfig(Section):
 
     method: Literal["lora", "dora"] = "lora"
     """LoRA (Hu et al. 2021, arXiv:2106.09685); DoRA trains the length of each output's weights besides (2402.09353)."""
-    rank: int = Field(8, ge=1)
+    rank: int = Field(8, ge=1, le=2**16)
     """Rows of A and columns of B; at most the narrower side of every target."""
-    alpha: int = Field(16, ge=1)
+    alpha: int = Field(16, ge=1, le=1_000_000)
     """Scale of the adapter, times rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of an adapter's inputs that are dropped in training."""
@@ -104,6 +104,13 @@ def engine_faults(deepspeed: str) -> list[Fault]:
         return []
     message = f"must be zero0, zero1 or zero2: four-bit weights cannot be partitioned by ZeRO-3; got {deepspeed}"
     return [Fault("deepspeed", f"{message}; set zero2 (the frozen base takes half a byte a weight on each device)")]
+
+
+def optimizer_faults(optimizer: Any) -> list[Fault]:
+    """Optimizers for whole matrices, of which an adapter trains none: its state is small, its factors are narrow."""
+    if optimizer.kind == "adamw":
+        return []
+    return [Fault("optimizer", f"must be adamw where adapters are trained; got {optimizer.kind}; remove it")]
 
 
 def _target_faults(spec: ModelSpec, part: str) -> list[Fault]:

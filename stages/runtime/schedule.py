@@ -15,7 +15,7 @@ class CosineSchedule(Section):
 
     kind: Literal["cosine"]
     """Half a cosine: its shape depends on ``max_steps``, so a longer run is another run."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, le=1_000_000_000)
     """Optimizer steps of linear warm-up from lr / warmup_steps to lr."""
 
 
@@ -24,9 +24,9 @@ class WSDSchedule(Section):
 
     kind: Literal["wsd"]
     """Warm-up, stable, decay: a longer ``max_steps`` extends the run from before its decay."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, le=1_000_000_000)
     """Optimizer steps of linear warm-up from lr / warmup_steps to lr."""
-    decay_steps: int = Field(ge=1)
+    decay_steps: int = Field(ge=1, le=1_000_000_000)
     """Last optimizer steps, over which lr falls linearly to ``min_lr_ratio`` of the peak."""
 
 
@@ -35,7 +35,7 @@ class ConstantSchedule(Section):
 
     kind: Literal["constant"]
     """Constant: a longer ``max_steps`` extends the run from its end."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, le=1_000_000_000)
     """Optimizer steps of linear warm-up from lr / warmup_steps to lr."""
 
 

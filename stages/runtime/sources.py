@@ -35,6 +35,21 @@ def unreadable(sources: Sequence[Any], kind: type, check: Callable[[Any], Any]) 
     return faults
 
 
+def unreachable(sources: Sequence[Any], place: str = "sources") -> list[Fault]:
+    """Faults of the hub's data sets that are to be streamed and are out of reach; asks the hub of each."""
+    from data.hub import HubError, check_reach
+
+    faults = []
+    for index, source in enumerate(sources):
+        # What is downloaded may be in the cache already.
+        if source.type == "hub" and getattr(source, "streaming", True):
+            try:
+                check_reach(source.repository, source.revision)
+            except HubError as error:
+                faults.append(Fault(f"{place}.{index}.{error.field}", str(error)))
+    return faults
+
+
 def source_error(sources: Sequence[Any], error: SourceError) -> ConfigError:
     """``error`` under the dotted path of the source that it is about."""
     index = next((i for i, source in enumerate(sources) if source.name == error.source), None)

@@ -78,8 +78,10 @@ class TrainingData:
         return lines
 
     def close(self) -> None:
-        """End reading ahead."""
+        """End reading ahead, by thread and by process."""
         self.batch.close()
+        if self.stream is not None:
+            self.stream.close()
 
     def lines(self) -> Iterator[str]:
         """What the run will read, a line a source, and how exactly shares hold."""
@@ -125,13 +127,22 @@ def _open(folder: Path, context: StageContext) -> MixtureLoader | StreamLoader:
         "mixture": mixture_settings.mixture(config),
     }
     if not is_stream(folder):
+        if config.data_workers:
+            raise DataError([("data_workers", mixture_settings.SHARD_WORKERS.format(config.data_workers))])
         return MixtureLoader(folder, max_epochs=config.max_epochs, packing=config.packing, **common)
     if config.packing != "cut":
-        message = f"must be cut with a stream; got {config.packing}; tokenize to keep documents whole"
-        raise DataError([("packing", message)])
+        raise DataError([("packing", mixture_settings.STREAM_PACKING.format(config.packing))])
     lanes, ranks = StreamLoader.lanes_of(folder), distributed.world_size()
     if lanes % ranks:
         message = f"must be read by a number of ranks that divides the stream's {lanes} lanes; got {ranks}"
         raise DataError([("data", f"{message}; start another number, or set lanes in the stream stage")])
     # Every rank speaks for its own lanes.
-    return StreamLoader(folder, cache=context.cache / "hub", say=lambda line: print(line, flush=True), **common)
+    common |= {"stage": config.data, "cache": context.cache / "hub", "say": lambda line: print(line, flush=True)}
+    if not config.data_workers:
+        return StreamLoader(folder, **common)
+    from data.stream_workers import ParallelStream
+
+    share = lanes // ranks
+    own = range(share * distributed.rank(), share * (distributed.rank() + 1))
+    ahead = config.prefetch_steps
+    return ParallelStream(folder, lanes=own, workers=config.data_workers, steps_ahead=ahead, **common)

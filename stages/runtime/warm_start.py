@@ -11,6 +11,8 @@ from data.shards import read_info
 from model.spec import ModelSpec
 from stages.base import Fault, StageContext, without_operational
 from stages.runtime.artifact import read_record
+from stages.runtime.schedule import lr_at
+from stages.runtime.training_config import TrainingConfig
 
 FREE_FIELDS = ("max_seq_len", "initializer_range")
 """Fields of the model that may differ from the parent's: they change no weight's meaning."""
@@ -85,6 +87,17 @@ def learning_rate_faults(config: Any, parent_lr: float | None) -> list[Fault]:
     shown = _rate(parent_lr)
     message = f"must be at most the parent's final lr {shown} on a warm start; got {config.lr:g}"
     return [Fault("lr", f"{message}; set less, or rewarm: true")]
+
+
+def planned_rate_faults(config: Any, parent: Any) -> list[Fault]:
+    """The same against a ``parent`` that is yet to be trained, whose last rate its config says."""
+    if not isinstance(parent, TrainingConfig):
+        return []
+    last = lr_at(
+        parent.max_steps - 1, parent.schedule, lr=parent.lr, max_steps=parent.max_steps,
+        min_lr_ratio=parent.min_lr_ratio,
+    )  # fmt: skip
+    return learning_rate_faults(config, last)
 
 
 def model_faults(spec: ModelSpec, parent_spec: ModelSpec) -> list[Fault]:

@@ -58,6 +58,15 @@ def run(bench: Bench, config: BpbConfig) -> SuiteResult:
     return sheet.result()
 
 
+def check(bench: Bench, config: BpbConfig) -> None:
+    """Look at the held-out documents before any suite is run.
+
+    Raises:
+        ConfigError: as ``run`` does, of documents that were trained on and sources without any.
+    """
+    _refuse_trained_on(bench.inputs["data"])
+
+
 def chosen(tokens_dir: Path, config: BpbConfig) -> Iterator[Document]:
     """The first ``documents`` of each source by id, each cut to its first ``document_tokens`` tokens."""
     info = HeldoutSet(tokens_dir).info

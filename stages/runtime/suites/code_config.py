@@ -15,29 +15,29 @@ SandboxChoice = Literal["auto", "bubblewrap", "landlock", "landlock-own-uid"]
 class CodeConfig(Section):
     """Programs that the model writes, executed in the sandbox against the problems' tests."""
 
-    problems: int | None = Field(None, ge=1)
+    problems: int | None = Field(None, ge=1, le=1_000_000_000)
     """Problems a source, in the order of the set; none takes all."""
-    samples: int = Field(1, ge=1)
+    samples: int = Field(1, ge=1, le=10_000)
     """Programs a problem: n of pass@k."""
-    k: list[Annotated[int, Field(ge=1)]] = Field([1], min_length=1)
+    k: list[Annotated[int, Field(ge=1, le=10_000)]] = Field([1], min_length=1)
     """k of the scores ``pass_at_<k>``, each at most ``samples``."""
-    temperature: float = Field(0.0, ge=0)
+    temperature: float = Field(0.0, ge=0, le=100)
     """Temperature of the programs; 0 takes the likeliest token, and so needs one sample."""
     top_p: float = Field(0.95, gt=0, le=1)
     """Probability mass from which sampled programs are drawn."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**32 - 1)
     """Seed of sampled programs."""
-    max_new_tokens: int = Field(256, ge=1)
+    max_new_tokens: int = Field(256, ge=1, le=2**20)
     """Longest program, its prompt not counted."""
     style: Literal["continue", "chat"] = "continue"
     """``continue``: the model goes on with the prompt, as after pretraining; ``chat``: it is asked for the code."""
     sandbox: SandboxChoice = "auto"
     """The wall: ``auto`` takes bubblewrap or, without it, Landlock; a weaker one is taken only where it is named."""
-    cpu_s: int = Field(4, ge=1)
+    cpu_s: int = Field(4, ge=1, le=3600)
     """Processor seconds a program."""
-    memory_bytes: int = Field(512 << 20, ge=64 << 20)
+    memory_bytes: int = Field(512 << 20, ge=64 << 20, le=2**40)
     """Address space a program."""
-    workers: int = operational(2, ge=1)
+    workers: int = operational(2, ge=1, le=2**12)
     """Programs at a time."""
 
     @model_validator(mode="after")

@@ -46,77 +46,77 @@ DEFAULT_PROMPTS = {
 class BpbConfig(Section):
     """Bits per byte on held-out documents, by language, source and domain."""
 
-    seq_len: int = Field(256, ge=16)
+    seq_len: int = Field(256, ge=16, le=2**24)
     """Tokens a window; a longer document is scored in windows that overlap by one token."""
-    documents: int | None = Field(40, ge=2)
+    documents: int | None = Field(40, ge=2, le=1_000_000_000)
     """Held-out documents of each source, those with the lowest ids; none takes all."""
-    document_tokens: int | None = Field(512, ge=16)
+    document_tokens: int | None = Field(512, ge=16, le=1_000_000_000)
     """Only so many first tokens of a document are scored; none scores it whole."""
 
 
 class MarginsConfig(Section):
     """Contrastive facts: how much likelier the right ending is than wrong ones, and whether it is recalled."""
 
-    facts: int | None = Field(None, ge=1)
+    facts: int | None = Field(None, ge=1, le=1_000_000)
     """Facts a domain and language, in the order of the set; none takes all."""
-    top_k: list[Annotated[int, Field(ge=1)]] = Field([1, 5, 20], min_length=1)
+    top_k: list[Annotated[int, Field(ge=1, le=2**22)]] = Field([1, 5, 20], min_length=1)
     """k of the scores ``recall_at_<k>``: every token of the right ending is among the k likeliest at its place."""
 
 
 class ReasoningConfig(Section):
     """Exact answers to held-out questions, decoded greedily."""
 
-    questions: int | None = Field(None, ge=1)
+    questions: int | None = Field(None, ge=1, le=1_000_000_000)
     """Questions a task, in the order of the held-out set; none takes all."""
-    max_new_tokens: int = Field(32, ge=1)
+    max_new_tokens: int = Field(32, ge=1, le=2**20)
     """Longest reply."""
 
 
 class SafetyConfig(Section):
     """Refusals of harmful prompts, and of benign ones that look alike."""
 
-    prompts: int | None = Field(None, ge=1)
+    prompts: int | None = Field(None, ge=1, le=1_000_000)
     """Prompts a category and language, those with the lowest ids; none takes all."""
-    max_new_tokens: int = Field(32, ge=1)
+    max_new_tokens: int = Field(32, ge=1, le=2**20)
     """Longest reply; a refusal shows in its first words."""
 
 
 class DecodingConfig(Section):
     """What greedy and sampled replies have in common, how much they repeat, and in which language they are."""
 
-    prompts: int | None = Field(16, ge=1)
+    prompts: int | None = Field(16, ge=1, le=1_000_000)
     """Held-out conversations a language, those with the lowest ids; none takes all."""
-    facts: int | None = Field(None, ge=1)
+    facts: int | None = Field(None, ge=1, le=1_000_000)
     """Facts a domain and language to be said, greedily and sampled; none asks for none."""
-    samples: int = Field(2, ge=1)
+    samples: int = Field(2, ge=1, le=10_000)
     """Sampled replies a prompt, beside the greedy one."""
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(64, ge=1, le=2**20)
     """Longest reply."""
-    temperature: float = Field(0.8, gt=0)
+    temperature: float = Field(0.8, gt=0, le=100)
     """Temperature of the sampled replies."""
     top_p: float = Field(0.95, gt=0, le=1)
     """Probability mass from which the sampled replies are drawn."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**32 - 1)
     """Seed of the sampled replies."""
 
 
 class FormatConfig(Section):
     """Whether replies keep to the template and end by themselves."""
 
-    conversations: int | None = Field(32, ge=1)
+    conversations: int | None = Field(32, ge=1, le=1_000_000)
     """Held-out conversations a language, those with the lowest ids; none takes all."""
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(64, ge=1, le=2**20)
     """Longest reply; one that has not ended by then, by ``<|im_end|>`` or ``<|endoftext|>``, has not stopped."""
 
 
 class NeedlesConfig(Section):
     """Finding one of several needles in held-out text, by the text's length and the needle's depth."""
 
-    lengths: list[Annotated[int, Field(ge=MIN_NEEDLE_TOKENS)]] = Field([128, 256], min_length=1)
+    lengths: list[Annotated[int, Field(ge=MIN_NEEDLE_TOKENS, le=2**24)]] = Field([128, 256], min_length=1)
     """Tokens of a row, needles and question included; at most the model's length."""
     depths: list[Annotated[float, Field(ge=0, le=1)]] = Field([0.0, 0.25, 0.5, 0.75, 1.0], min_length=1)
     """Where the needle that is asked for stands in the text, 0 at its beginning, 1 right before the question."""
-    needles: int = Field(8, ge=1)
+    needles: int = Field(8, ge=1, le=100_000)
     """Rows a length, depth and language."""
     languages: list[Literal["en", "de", "hi"]] = Field(["en"], min_length=1)
     """Languages of text, needles and questions; the held-out documents must have them."""
@@ -134,13 +134,13 @@ class SamplesConfig(Section):
 
     prompts: dict[str, str] | None = None
     """User messages by id; none takes a few of ours in English, German and Hindi."""
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(64, ge=1, le=2**20)
     """Longest reply."""
-    temperature: float = Field(0.8, gt=0)
+    temperature: float = Field(0.8, gt=0, le=100)
     """Temperature of the sampled replies; the others are greedy."""
     top_p: float = Field(0.95, gt=0, le=1)
     """Probability mass from which the sampled replies are drawn."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**32 - 1)
     """Seed of the sampled replies."""
 
 
@@ -166,7 +166,7 @@ class LocalTaskBase(Section):
     """Field with the right ending's number from 0, letter or text, or with the answer itself, for ``answer``."""
     id_field: str = "id"
     """Field with the row's id; a row without one is known by its content."""
-    max_new_tokens: int = Field(128, ge=1)
+    max_new_tokens: int = Field(128, ge=1, le=2**20)
     """Longest reply, for ``answer``."""
 
 
@@ -204,11 +204,11 @@ class HarnessConfig(Section):
     """Tasks made from one's own files, or from those that a pinned package ships."""
     tasks: list[str] = Field([])
     """Tasks of the harness by name; they are fetched from the hub."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(None, ge=1, le=1_000_000_000)
     """Only so many first questions a task; none takes all."""
-    max_new_tokens: int = Field(32, ge=1)
+    max_new_tokens: int = Field(32, ge=1, le=2**20)
     """Longest generated answer of ``tasks_local``."""
-    heldout_documents: int | None = Field(20, ge=2)
+    heldout_documents: int | None = Field(20, ge=2, le=1_000_000_000)
     """Held-out documents of each source that ``heldout_local`` scores, those with the lowest ids; none takes all."""
 
 

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from data.fetch import fetch_package
-from stages.base import StageContext, StageResult, StopRequested
+from stages.base import ConfigError, Fault, StageContext, StageResult, StopRequested
 from stages.runtime import distributed, rng
 from stages.runtime.artifact import read_record
 from stages.runtime.manifest import MANIFEST
-from stages.runtime.suites.bench import few_threads, open_bench
+from stages.runtime.suites.bench import Bench, few_threads, open_bench
 from stages.runtime.suites.harness_local import file_input
 from stages.runtime.suites.registry import SUITES
 from stages.runtime.suites.scores import CONFIDENCE, SuiteResult, content_hash
@@ -39,6 +39,7 @@ def evaluate_model(context: StageContext) -> StageResult:
 
     Raises:
         StopRequested: between two suites of several ranks, when any of them was asked to stop.
+        ConfigError: before any suite is run, with all that any of them would refuse of its files and sets.
         RuntimeError: for a suite that draws from a generator that is not its own.
     """
     config = context.config
@@ -55,6 +56,7 @@ def evaluate_model(context: StageContext) -> StageResult:
         bench = open_bench(
             context.parent_output("from_"), batch_size=config.batch_size, precision=config.precision, inputs=inputs
         )
+        _check(bench, chosen)
         with few_threads(bench.model):
             for name, section in chosen.items():
                 stop_if_asked()
@@ -63,6 +65,20 @@ def evaluate_model(context: StageContext) -> StageResult:
     if distributed.rank() > 0:
         return StageResult({})
     return _write(context, found)
+
+
+def _check(bench: Bench, chosen: Mapping[str, Any]) -> None:
+    """What the suites refuse is told before hours are spent on those that come first."""
+    faults: list[Fault] = []
+    for name, section in chosen.items():
+        check = SUITES[name].check
+        try:
+            if check is not None:
+                check(bench, section)
+        except ConfigError as error:
+            faults += error.faults
+    if faults:
+        raise ConfigError(faults)
 
 
 def _files(config: Any, cache: Path) -> dict[str, Path]:

@@ -21,6 +21,7 @@ from stages.runtime import rng
 from stages.runtime.suites.bench import Bench, greedy
 from stages.runtime.suites.config import DEFAULT_NEW_TOKENS, HarnessConfig
 from stages.runtime.suites.harness_local import local_tasks
+from stages.runtime.suites.published import FIELD, task_manager, unknown
 from stages.runtime.suites.scores import Items, ScoreSheet, SuiteResult, content_hash, interval_of
 
 VERSION = 2
@@ -30,6 +31,18 @@ _RESAMPLES = 100
 _FEWSHOT_SEED = 1234
 """The harness's own default."""
 _Z = 1.959963984540054
+
+
+def check(bench: Bench, config: HarnessConfig) -> None:
+    """Read every file and find every published task before any suite is run.
+
+    Raises:
+        ConfigError: as ``run`` does, of the tasks.
+    """
+    local = local_tasks(bench, config)
+    if config.tasks:
+        with _quiet(), rng.undisturbed():
+            load_tasks(task_manager(published=True), local, config.tasks)
 
 
 def run(bench: Bench, config: HarnessConfig) -> SuiteResult:
@@ -62,12 +75,10 @@ def _evaluated(bench: Bench, local: list[dict[str, Any]], config: HarnessConfig)
     asks the same; the bench deals the rows out.
     """
     from lm_eval import evaluate
-    from lm_eval.tasks import TaskManager
 
     from stages.runtime.suites.harness_model import HarnessModel
 
-    # Reading the index of thousands of published tasks takes seconds; configurations of our own need none of it.
-    loaded = load_tasks(TaskManager(include_defaults=bool(config.tasks)), local, config.tasks)
+    loaded = load_tasks(task_manager(published=bool(config.tasks)), local, config.tasks)
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
         if task.get_config("num_fewshot") is None:
@@ -85,11 +96,7 @@ def load_tasks(manager: Any, local: list[dict[str, Any]], names: Sequence[str]) 
     Raises:
         ConfigError: with every name that the harness does not know, or whose data cannot be had.
     """
-    faults = [
-        Fault("suites.harness.tasks", f"must be tasks of the harness; got {name}; set one of `lm-eval ls tasks`")
-        for name in names
-        if name not in manager.all_tasks
-    ]
+    faults = unknown(names, manager.all_tasks)
     if faults:
         raise ConfigError(faults)
     try:
@@ -99,7 +106,7 @@ def load_tasks(manager: Any, local: list[dict[str, Any]], names: Sequence[str]) 
             f"must be had from the hub; {', '.join(names)} cannot be: {str(error).splitlines()[0]}; run with a "
             "network, or give a local copy in harness.files, under a name that ends in _local"
         )
-        raise ConfigError(Fault("suites.harness.tasks", message)) from error
+        raise ConfigError(Fault(FIELD, message)) from error
 
 
 def _sheet(task: str, found: Mapping[str, Any], settings: Mapping[str, Any]) -> ScoreSheet:

@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data.errors import DataError
 from data.facts import read_facts
-from data.questions import read_mmlu_examples, read_questions
+from data.questions import read_mmlu_examples
 from data.tokenizer import decode_bytes
-from stages.base import ConfigError, Fault
+from stages.base import ConfigError
 from stages.runtime.suites import bpb
 from stages.runtime.suites.bench import Bench
 from stages.runtime.suites.config import BpbConfig, HarnessConfig, LocalTaskBase
+from stages.runtime.suites.question_files import file_faults, task_questions
 from stages.runtime.suites.reasoning import questions
 
 Task = dict[str, Any]
@@ -31,16 +31,11 @@ def local_tasks(bench: Bench, config: HarnessConfig) -> list[Task]:
     Raises:
         ConfigError: for files that hold no questions.
     """
-    made = [_LOCAL[name](bench, config) for name in config.local]
-    faults: list[Fault] = []
-    for number, task in enumerate(config.files):
-        try:
-            made.append(file_task(task, bench.inputs[file_input(task)]))
-        except DataError as error:
-            faults += [Fault(f"suites.harness.files[{number}].{field}", message) for field, message in error.faults]
+    faults = list(file_faults(config, {task.name: bench.inputs[file_input(task)] for task in config.files}))
     if faults:
         raise ConfigError(faults)
-    return made
+    made = [_LOCAL[name](bench, config) for name in config.local]
+    return made + [file_task(task, bench.inputs[file_input(task)]) for task in config.files]
 
 
 def file_input(task: LocalTaskBase) -> str:
@@ -100,9 +95,7 @@ def file_task(task: LocalTaskBase, path: Path) -> Task:
     Raises:
         DataError: for a file that holds no questions.
     """
-    rows = read_questions(
-        path, kind=task.kind, question=task.question, choices=task.choices, answer=task.answer, id_field=task.id_field
-    )
+    rows = task_questions(task, path)
     if task.kind == "choice":
         return _choice(task.name, rows)
     # Signs by which a number is only written otherwise do not make it another one.

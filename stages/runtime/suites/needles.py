@@ -78,6 +78,15 @@ def run(bench: Bench, config: NeedlesConfig) -> SuiteResult:
     return sheet.result()
 
 
+def check(bench: Bench, config: NeedlesConfig) -> None:
+    """Make the rows before any suite is run.
+
+    Raises:
+        ConfigError: as ``run`` does.
+    """
+    make(bench, config)
+
+
 def _put(
     sheet: ScoreSheet, name: str, needles: Sequence[Needle], values: list[float], settings: Mapping[str, Any]
 ) -> None:

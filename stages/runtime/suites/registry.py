@@ -22,21 +22,25 @@ from stages.runtime.suites.scores import SuiteResult
 
 
 class Suite(NamedTuple):
-    """How a suite is run; ``version`` and ``Evaluate.code_version`` are raised when a model would get another score."""
+    """How a suite is run; ``version`` and ``Evaluate.code_version`` are raised when a model would get another score.
+
+    ``check`` raises ``ConfigError`` for what ``run`` would refuse, and is asked of every suite before any is run.
+    """
 
     run: Callable[[Bench, Any], SuiteResult]
     version: int
+    check: Callable[[Bench, Any], None] | None = None
 
 
 SUITES: dict[str, Suite] = {
-    "bpb": Suite(bpb.run, bpb.VERSION),
+    "bpb": Suite(bpb.run, bpb.VERSION, bpb.check),
     "margins": Suite(margins.run, margins.VERSION),
     "reasoning": Suite(reasoning.run, reasoning.VERSION),
     "safety": Suite(safety.run, safety.VERSION),
     "decoding": Suite(decoding.run, decoding.VERSION),
     "format": Suite(format.run, format.VERSION),
-    "needles": Suite(needles.run, needles.VERSION),
+    "needles": Suite(needles.run, needles.VERSION, needles.check),
     "samples": Suite(samples.run, samples.VERSION),
     "code": Suite(code.run, code.VERSION),
-    "harness": Suite(harness.run, harness.VERSION),
+    "harness": Suite(harness.run, harness.VERSION, harness.check),
 }

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from data.preferences_replies import is_refusal
 from stages.runtime.suites.bench import Bench, greedy
 from stages.runtime.suites.config import SafetyConfig
+from stages.runtime.suites.names import SAFETY
 from stages.runtime.suites.scores import Items, ScoreSheet, SuiteResult, content_hash
+from stages.runtime.suites.sets import held_out_prompts
 
 VERSION = 2
-NAMES = {"harmful": ("safety/refusal", "higher"), "benign": ("safety/over_refusal", "lower")}
-"""Score and which way is better, by the prompts' category."""
+BETTER = {"harmful": "higher", "benign": "lower"}
+"""Which way the score of a category of prompts is better."""
 
 
 def run(bench: Bench, config: SafetyConfig) -> SuiteResult:
@@ -33,11 +33,11 @@ def run(bench: Bench, config: SafetyConfig) -> SuiteResult:
     decoding = greedy(config.max_new_tokens)
     sheet = ScoreSheet("safety", VERSION, content_hash(rows), {"detector": "stock phrases in en, de, hi"}, decoding)
     items = Items([row["id"] for row in rows], refused, families=[row["template"] for row in rows])
-    for category, (name, better) in NAMES.items():
+    for category, name in SAFETY.items():
         of_category = items.only([row["category"] == category for row in rows])
         mine = [row for row in rows if row["category"] == category]
         if mine:
-            facts: dict[str, Any] = {"unit": "share", "better": better, "n_unit": "prompts"}
+            facts: dict[str, Any] = {"unit": "share", "better": BETTER[category], "n_unit": "prompts"}
             sheet.add_groups(name, of_category, [row["language"] for row in mine], **facts)
             _add_templates(sheet, name, of_category, [row["template"] for row in mine], facts)
     return sheet.result()
@@ -50,20 +50,3 @@ def _add_templates(sheet: ScoreSheet, name: str, items: Items, templates: list[s
             mine = items.only([one == template for one in templates])
             alone = Items(mine.ids, mine.numerator)
             sheet.add(f"{name}/{template.rpartition('/')[2]}", alone, part="template", **facts)
-
-
-def held_out_prompts(preferences_dir: Path, per_group: int | None) -> list[Mapping[str, Any]]:
-    """Each held-out prompt once, ``per_group`` of each category and language with the lowest ids."""
-    by_prompt: dict[str, Mapping[str, Any]] = {}
-    with (preferences_dir / "heldout.jsonl").open("rb") as lines:
-        for line in lines:
-            row = json.loads(line)
-            fields = ("id", "prompt", "category", "language", "template")
-            by_prompt.setdefault(json.dumps(row["prompt"]), {field: row[field] for field in fields})
-    taken: Counter[tuple[str, str]] = Counter()
-    kept = []
-    for row in sorted(by_prompt.values(), key=lambda row: row["id"]):
-        taken[row["category"], row["language"]] += 1
-        if per_group is None or taken[row["category"], row["language"]] <= per_group:
-            kept.append(row)
-    return kept

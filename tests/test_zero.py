@@ -1,0 +1,89 @@
+"""What is put in place of DeepSpeed's own: the norm of sharded gradients, and no reduction where there is one rank."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny_run import config, spec
+
+from model.config import HybridConfig
+from model.init import no_decay
+from model.lm import HybridForCausalLM
+from stages.runtime import distributed, ds_config, rng, zero
+from stages.runtime.engine import TrainingEngine, prepare_environment
+from stages.runtime.optimizer import make_optimizer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group():
+    prepare_environment()
+    distributed.init_process_group()
+    return torch.distributed.group.WORLD
+
+
+def build(engine, monkeypatch=None):
+    rng.seed_all(3)
+    model = HybridForCausalLM(HybridConfig.from_spec(spec(), eos_token_id=0, pad_token_id=1))
+    facts = ds_config.engine_facts(engine)
+    settings = ds_config.engine_config(
+        facts, global_batch_size=4, micro_batch_size=2, world_size=1, max_grad_norm=0.1, precision="fp32"
+    )
+    if monkeypatch is not None:
+        monkeypatch.setattr(zero, "attach", lambda *args: None)
+    return TrainingEngine(model, make_optimizer(model, config(), decay_embeddings=False, exempt=no_decay), settings)
+
+
+def steps(wrapped):
+    seen = []
+    for step in range(2):
+        for micro in range(2):
+            ids = torch.randint(2, 320, (2, 32), generator=torch.Generator().manual_seed(2 * step + micro))
+            wrapped.accumulate({"input_ids": ids, "labels": ids}, 124)
+        norm, _ = wrapped.step(1e-2, lambda norm: None)
+        seen.append((norm, [parameter.detach().clone() for parameter in wrapped.model.parameters()]))
+    return seen
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero2"])
+def test_norms_and_clipped_steps_are_deepspeeds_own_to_the_last_bit(engine, monkeypatch):
+    ours = steps(build(engine))
+    theirs = steps(build(engine, monkeypatch))
+    for (norm, weights), (expected, others) in zip(ours, theirs, strict=True):
+        assert norm == expected > 0.1
+        assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
+
+
+def test_one_rank_under_zero1_copies_no_gradient_into_buckets():
+    wrapped = build("zero1")
+    sharded = wrapped._engine.optimizer
+    held, release = [], sharded._release_ipg_buffers
+
+    def noted():
+        held.append(sum(len(bucket.buffer) + len(bucket.params) for bucket in sharded.ipg_buckets.values()))
+        assert sharded.grads_in_partition is None
+        release()
+
+    sharded._release_ipg_buffers = noted
+    ids = torch.randint(2, 320, (2, 32))
+    for _ in range(2):
+        wrapped.accumulate({"input_ids": ids, "labels": ids}, 124)
+    assert held == [0]
+    gradients = [gradient for group in sharded.averaged_gradients.values() for gradient in group]
+    assert sum(gradient.numel() for gradient in gradients) >= sum(p.numel() for p in wrapped.model.parameters())
+
+
+def test_a_norm_is_the_root_of_all_squares_in_double_precision(group):
+    drawn = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(shape, generator=drawn) * scale for shape, scale in (((300, 70), 1e-3), ((5,), 1e4))]
+    squares = math.fsum(value * value for gradient in gradients for value in gradient.double().flatten().tolist())
+    found = zero.grad_norm([*gradients, torch.zeros(9)], None, group=group)
+    # fp64 sums are exact here to far below the two roundings to fp32, of the sum and of its root.
+    assert found.dtype == torch.float32
+    assert float(found) == pytest.approx(math.sqrt(squares), rel=2**-23)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
+def test_a_norm_that_is_not_finite_is_told_as_deepspeed_expects(group, bad):
+    assert float(zero.grad_norm([torch.ones(3), torch.tensor([1.0, bad])], None, group=group)) == -1.0
