@@ -30,16 +30,17 @@ _SUSPECT = re.compile(r"[\x80-\u08ff\u2000-\u2bff\uf000-\uffff]{2}|[\u00c0-\u00f
 _BOILERPLATE = re.compile(
     r"""
     (?:we|this\s(?:web)?site|wir|diese\s(?:web)?seite)\s(?:also\s)?(?:uses?|verwende[nt]?|nutz(?:en|t)|benutzt)\s.{0,40}cookies\b.*
-    |.{0,80}\bcookies\b.{0,60}\b(?:accept|agree|consent|zustimm\w*|einverstanden|akzeptier\w*|स्वीकार|सहमत\w*)\b.*
+    |(?=.*\b(?:you|your|we|our|us|continuing|sie|ihre[mnrs]?|wir|unsere?\w*|आप|हम)\b).{0,80}\bcookies\b.{0,60}\b(?:accept|agree|consent|zustimm\w*|einverstanden|akzeptier\w*|स्वीकार|सहमत\w*)\b.*
     |.{0,40}\b(?:enable|aktivieren|activate|requires?|benötigt|सक्षम)\b.{0,30}\bjavascript\b.{0,40}
     |.{0,30}\bjavascript\b.{0,30}\b(?:enabled?|disabled|aktiviert|deaktiviert|required|erforderlich|सक्षम|अक्षम)\b.{0,12}
-    |(?:copyright\b(?!-)|\(c\)|©).{0,80}
+    |(?:copyright\s?(?=\(c\)|©|:|by\b|notice\b|[\d-])|copyright$|\(c\)|©).{0,80}
     |.{0,80}\b(?:all\srights\sreserved|alle\srechte\svorbehalten|सर्वाधिकार\sसुरक्षित)\b.{0,20}
     |(?:skip|jump|zum|zur|direkt\szum)\s(?:to\s)?(?:main\s)?(?:content|navigation|inhalt|hauptinhalt)(?:\s(?:springen|wechseln))?
     |(?:read|show|learn|see)\smore|mehr\s(?:lesen|erfahren|anzeigen)|weiterlesen|और\s(?:पढ़ें|देखें)
     |(?:share|tweet|teilen|follow\sus|folgen\ssie\suns|शेयर\sकरें|साझा\sकरें)(?:\s(?:this|on|via|auf|mit)\b.{0,40})?
     |(?:sign|log)\s?(?:in|up|out)(?:\s(?:or|oder|to|/)\b.{0,40})?|(?:anmelden|abmelden|registrieren|लॉग\s?इन(?:\sकरें)?)
-    |(?:subscribe|newsletter|abonnieren).{0,50}
+    |(?:subscribe|newsletter|abonnieren)(?:\s(?:to|for|now|today|here|our|the|this|my|free|by|via|e-?mail|rss|newsletter|updates?|
+    list|channel|blog|feed|sign|up|unsere[nr]?|den|hier|jetzt|kostenlos|abonnieren|anmelden|anmeldung|bestellen)){0,7}[.!…]?
     |(?:privacy\s(?:policy|notice)|terms\s(?:of|and)\s\w+|datenschutz(?:erklärung)?|impressum|agb|गोपनीयता\sनीति)
     (?:\s?[|·•/&,-]?\s?(?:privacy|terms|policy|notice|contact|imprint|cookies?|of|and|use|service|conditions|impressum|kontakt|agb|datenschutz\w*|संपर्क\w*))*
     |(?:home|menu|search|menü|startseite|suche|navigation)(?:\s?[|›»>/·]\s?\w+){1,12}

@@ -26,6 +26,8 @@ _WORD = regex.compile(r"[\p{L}\p{M}]+(?:[\u200c\u200d]+[\p{L}\p{M}]+)*")
 _MARK = regex.compile(r"\p{M}")
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _BATCH_TEXTS = 64
+_FEW = 0.005
+"""A share of words below which a split rule is not what cuts them: odd marks that no letter precedes."""
 
 
 def measure_fertility(
@@ -223,9 +225,17 @@ def _mark_lines(report: Mapping[str, Mapping[str, Figures]]) -> Iterator[str]:
                 by_rule = "not measured" if rule is None else f"{rule:.1%}"
                 yield (
                     f"{language}, {name}: of {row['words_with_marks']:,} words with a matra or another mark the split "
-                    f"rule cuts {by_rule} at one, and tokens cut {cut:.1%}: what the rule leaves whole is cut for want "
-                    "of vocabulary"
+                    f"rule cuts {by_rule} at one, and tokens cut {cut:.1%}{_cause(rule, cut)}"
                 )
+
+
+def _cause(rule: float | None, cut: float) -> str:
+    """What cuts words at their marks; nothing where nothing does, or where the rule was not measured."""
+    if rule is None or not cut:
+        return ""
+    if rule < _FEW:
+        return ": what the rule leaves whole is cut for want of vocabulary"
+    return ": the split rule itself cuts at marks, which no vocabulary mends"
 
 
 def _line(row: Figures) -> str:

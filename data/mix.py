@@ -51,14 +51,16 @@ class SourceSchedule:
     def worst_error(self, rows: int) -> float:
         """Largest distance of a source's share from the one asked over any ``rows`` rows in a row.
 
-        Windows longer than a period are no worse than their remainder over all of them, so one period is looked at.
+        Whole periods hold the same rows wherever they begin, so only where the rest of a window lies is looked at.
         """
-        width = min(max(1, rows), PERIOD_ROWS)
-        owner = np.concatenate([self._owner, self._owner[:width]])
+        width = max(1, rows)
+        periods, rest = divmod(width, PERIOD_ROWS)
+        owner = np.concatenate([self._owner, self._owner[:rest]])
         worst = 0.0
         for source, share in enumerate(self._shares):
             seen = np.concatenate([[0], np.cumsum(owner == source)])
-            worst = max(worst, float(np.abs((seen[width:] - seen[:-width]) / width - share).max()))
+            count = periods * self.rows_per_period[source] + seen[rest:] - seen[: len(seen) - rest]
+            worst = max(worst, float(np.abs(count / width - share).max()))
         return worst
 
 

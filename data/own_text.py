@@ -138,7 +138,7 @@ def _counted(
         return None
     kept = {}
     for group, files in groups.items():
-        found = [_count(directory / file, group[0]) for file in files]
+        found = [_count(directory / file, group[0], group[2]) for file in files]
         documents = sum(number for number, _ in found)
         if documents < MIN_DOCUMENTS:
             why = f"{documents} document{'s' * (documents != 1)} of its kind, a source needs {MIN_DOCUMENTS}"
@@ -148,19 +148,29 @@ def _counted(
     return kept
 
 
-def _count(path: Path, kind: str) -> tuple[int, int]:
-    """Documents and bytes of one file."""
+def _count(path: Path, kind: str, field: str) -> tuple[int, int]:
+    """Documents and bytes of one file; a row counts where ``field`` holds text."""
     if kind == "rows" and path.suffix == ".parquet":
         from pyarrow import parquet
 
         with parquet.ParquetFile(path) as file:
             return file.metadata.num_rows, path.stat().st_size
     if kind == "rows":
-        sizes = [line.size for line in bounded_lines(path, MAX_ROW_BYTES) if line.size > 1]
-        return len(sizes), sum(sizes)
+        rows = [(line.size, _text_of(line.content, field)) for line in bounded_lines(path, MAX_ROW_BYTES)]
+        return sum(bool(text) for _, text in rows), sum(size for size, text in rows if text)
     content = b"".join(read_chunks(path))
     pieces = re.split(rb"\n\s*\n", content) if kind == "collection" else [content]
     return sum(bool(piece.strip()) for piece in pieces), len(content)
+
+
+def _text_of(row: bytes | None, field: str) -> str:
+    """What ``field`` of one JSON row holds; nothing where the row is broken, or holds something else there."""
+    try:
+        found = json.loads(row) if row else None
+    except ValueError:
+        return ""
+    text = found.get(field) if isinstance(found, dict) else None
+    return text.strip() if isinstance(text, str) else ""
 
 
 def _joined(groups: dict[Group, list[str]]) -> dict[Group, list[str]]:
@@ -194,6 +204,8 @@ def _visible_files(directory: Path, left_out: dict[str, str]) -> Iterator[Path]:
             left_out[inside.as_posix()] = error.strerror or str(error)
             continue
         if not is_file:
+            if path.is_symlink() or not path.is_dir():
+                left_out[inside.as_posix()] = "a link" if path.is_symlink() else "not a regular file"
             continue
         if kind is None:
             left_out[inside.as_posix()] = "not of a kind that is read"

@@ -85,5 +85,6 @@ def _budget(available: dict[str, int], max_bytes: int, shares: dict[str, float] 
         whole = sum(available.values()) or 1
         return {language: min(1.0, max_bytes / whole) * count for language, count in available.items()}
     if set(shares) != set(available):
-        raise DataError(f"language_shares must name exactly {sorted(available)}; got {sorted(shares)}; name each")
+        message = f"must name exactly {sorted(available)}; got {sorted(shares)}; name each"
+        raise DataError([("language_shares", message)])
     return {language: max_bytes * share / sum(shares.values()) for language, share in shares.items()}

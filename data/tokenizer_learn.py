@@ -23,7 +23,7 @@ from data.errors import DataError
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_FILE, REPORT_FILE = "learned", "report.json"
 FAULT, SAID = "fault: ", "said: "
-"""How a worker's lines begin that are for the user."""
+"""How a worker's lines begin that are for the user; after ``FAULT`` come ``DataError.faults`` as JSON."""
 _MERGED = re.compile(r"bpe_model_trainer.* (?:merges|size)=(\d+) ")
 
 
@@ -75,14 +75,15 @@ def learn(job: LearnJob, work: Path) -> Learned:
         worker.kill()
         worker.communicate()
     if code != 0:
-        raise DataError(fault or f"learning must end well; its process ended with {code}; lower max_sample_bytes")
+        ended = f"learning must end well; its process ended with {code}; lower max_sample_bytes"
+        raise DataError([(field, message) for field, message in json.loads(fault)] if fault else ended)
     learned = Learned((folder / MODEL_FILE).read_bytes(), **json.loads((folder / REPORT_FILE).read_bytes()))
     shutil.rmtree(folder)
     return learned
 
 
 def _follow(worker: subprocess.Popen[str], job: LearnJob) -> str:
-    """Print what the worker says, and now and then how far it is; returns the fault that it named, if any."""
+    """Print what the worker says, and now and then how far it is; returns the faults that it named, if any, as JSON."""
     started = shown = time.monotonic()
     fault = ""
     assert worker.stdout is not None, "opened as a pipe"

@@ -115,10 +115,11 @@ def learn_sentencepiece(
             **_SENTENCEPIECE,
         )
     except RuntimeError as error:
-        raise DataError(
-            f"vocab_size must fit the sampled text; got {vocab_size}; sentencepiece says: {error}; "
+        message = (
+            f"must fit the sampled text; got {vocab_size}; sentencepiece says: {error}; "
             "change vocab_size or raise max_sample_bytes"
-        ) from None
+        )
+        raise DataError([("vocab_size", message)]) from None
     return model.getvalue()
 
 

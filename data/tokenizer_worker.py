@@ -26,7 +26,8 @@ def main(argv: Sequence[str]) -> int:
         sample = Sample(Path(job.corpus), job.max_bytes, job.language_shares, job.seed, job.progress_seconds, _say)
         model = _learn(job, sample)
     except (DataError, ValueError) as error:
-        print(FAULT + str(error).replace("\n", " "), flush=True)
+        faults = error.faults if isinstance(error, DataError) else [("", str(error))]
+        print(FAULT + json.dumps(faults), flush=True)
         return 1
     (folder / MODEL_FILE).write_bytes(model)
     report = {"sampled_bytes": sample.taken, "peak_rss_bytes": _peak_rss_bytes()}

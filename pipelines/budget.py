@@ -40,15 +40,21 @@ def budget(
         "parameters": parameters,
         "tokens": tokens,
         "wanted_tokens": scaling.wanted_tokens(parameters) if config.from_ is None else None,
-        "hours": hours(job.model, tokens, devices, price_per_gpu_hour, results),
+        "hours": hours(job.model, tokens, devices, price_per_gpu_hour, results, precision=config.precision),
         "epochs": epochs(config, job.parents["data"].path, tokens),
     }
 
 
 def hours(
-    model: ModelSpec, tokens: int, devices: int, price_per_gpu_hour: float | None, results: Path = RESULTS
+    model: ModelSpec,
+    tokens: int,
+    devices: int,
+    price_per_gpu_hour: float | None,
+    results: Path = RESULTS,
+    *,
+    precision: str = "bf16",
 ) -> dict[str, Any] | None:
-    """Hours from our own measurement of a whole training step of this very model on one device.
+    """Hours from our own measurement of a whole training step of this very model in ``precision`` on one device.
 
     More devices are taken to be so many times as fast; what they say to each other costs time that nobody measured, so
     that the figure is a projection, and a lower bound.
@@ -56,7 +62,8 @@ def hours(
     for path in sorted(results.glob("throughput_*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         for row in content["rows"]:
-            if (row.get("implementation"), row.get("scope")) == (_OURS, _SCOPE) and _is_of(row["preset"], model):
+            whole = (row.get("implementation"), row.get("scope"), row.get("precision")) == (_OURS, _SCOPE, precision)
+            if whole and _is_of(row["preset"], model):
                 found = tokens / row["tokens_per_s"] / devices / 3600
                 priced = None if price_per_gpu_hour is None else round(found * devices * price_per_gpu_hour, 2)
                 return {

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pipelines.chain import Chain, Node
     from pipelines.comparison import Comparison, Row
     from pipelines.graph import Registry
-    from pipelines.scores import Evaluation
+    from pipelines.scores import Evaluation, Score
     from pipelines.staleness import Standing
     from stages.base import Fault
 
@@ -244,9 +244,14 @@ def _cells(row: Row, others: Sequence[str]) -> list[list[str]]:
     cells = []
     for name, score, found in zip(others, row.scores[1:], row.differences, strict=True):
         apart = "-" if found.value is None else f"{found.value:+.4g} {interval_text(found.interval, '+.3g')}".rstrip()
-        facts = [first.name, first.unit, first.counted, score_text(first)]
+        facts = [first.name, first.unit, _counted(first, score), score_text(first)]
         cells.append([*facts, name, score_text(score), apart, found.verdict])
     return cells
+
+
+def _counted(first: Score, score: Score) -> str:
+    """What both counted, ``4 / 8 replies`` where the baseline counted fewer of the same items."""
+    return score.counted if first.n == score.n else f"{first.n:,} / {score.counted}"
 
 
 def sample_lines(comparison: Comparison) -> list[str]:

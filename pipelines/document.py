@@ -140,7 +140,8 @@ def _scalar(node: yaml.Node, place: Place, document: Document) -> Any:
         # Python converts no more than some thousand digits.
         number = math.inf
     if not math.isfinite(number) or abs(number) > MAX_NUMBER:
-        shown = text if len(text) <= 40 else f"{text[:37]}..."
+        # A long one may be a secret: a key of digits alone.
+        shown = text if len(text) <= 16 else f"a number of {len(text)} characters"
         _refuse(document, place, line, f"must be a finite number of at most {MAX_NUMBER}; got {shown}")
         return None
     return number

@@ -130,14 +130,21 @@ def _judge_gate(chain: Chain, node: Node, evaluation: Evaluation, gate: GateConf
             )  # fmt: skip
             if rule == "max_regression":
                 yield _against(chain, node, gate, score, facts)
+            elif score.interval is None:
+                yield dataclasses.replace(facts, why=_why_none(score))
             else:
                 yield _decided(facts, gate, _beyond(rule, score.interval, limit))
 
 
-def _beyond(rule: Limit, interval: Interval | None, limit: float) -> Interval | None:
+def _why_none(score: Score) -> str:
+    from stages.runtime.suites.intervals import reason
+
+    why = f"{reason(score.method)}; " if score.method else ""
+    return f"{score.name} has no interval: {why}{score.counted}"
+
+
+def _beyond(rule: Limit, interval: Interval, limit: float) -> Interval:
     """The interval of how far the score lies beyond the limit, above 0 where it does."""
-    if interval is None:
-        return None
     low, high = interval
     return (low - limit, high - limit) if rule == "max" else (limit - high, limit - low)
 
@@ -197,9 +204,9 @@ def baseline_evaluations(chain: Chain, model: str) -> list[Evaluation]:
     return [read_evaluation(node.name, node.job.directory) for node in nodes]
 
 
-def _decided(facts: Judgement, gate: GateConfig, beyond: Interval | None) -> Judgement:
+def _decided(facts: Judgement, gate: GateConfig, beyond: Interval) -> Judgement:
     """``facts`` with its state; ``beyond`` is the interval of how far the limit is overstepped."""
-    if facts.value is None or beyond is None or not all(map(math.isfinite, beyond)):
+    if facts.value is None or not all(map(math.isfinite, beyond)):
         return dataclasses.replace(facts, why=f"{facts.metric} has no interval: {counted(facts)}")
     low, high = beyond
     state: State = "passed" if high <= 0 else "failed" if low > 0 else "undecided"

@@ -8,6 +8,7 @@ from pipelines.chain import Node
 from stages.base import EXIT_CONFIG, EXIT_SAVED
 from stages.runtime import artifact
 from stages.runtime.artifact import ArtifactError
+from stages.runtime.lock import busy
 from stages.runtime.scrub import environment_secrets, scrub_text
 
 MAX_REASON = 300
@@ -41,6 +42,9 @@ def _words(node: Node, record: dict[str, object], code: int, command: str) -> st
     see = f"; log: {artifact.shown(log)}" if log.exists() else ""
     if code == EXIT_SAVED:
         return f"{node.name}: saved{at_step}{see}; the same command goes on from there, or that stage alone: {command}"
+    # Of two starts at once the record is that of the other one, which goes on.
+    if said := busy(node.job.directory):
+        return f"{node.name} was not run: {said}; the same command goes on then, or that stage alone: {command}"
     error = " ".join(str(record.get("error") or _without_error(record)).split())
     reason = error if len(error) <= MAX_REASON else f"{error[: MAX_REASON - 3]}..."
     what = "was refused" if code == EXIT_CONFIG else f"failed{at_step}"

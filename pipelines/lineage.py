@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 if __name__ == "__main__":
+    # For a script Python looks in its own folder first, where the rooms are not found and our modules shadow others.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
     from pipelines.environment import fault
 
     if missing := fault(sys.argv):

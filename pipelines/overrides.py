@@ -20,7 +20,7 @@ def apply_overrides(document: Document, overrides: list[str], top_level: list[st
     for override in overrides:
         path, equals, text = override.partition("=")
         words = path.strip().split(".")
-        if not all(re.fullmatch(r"[\w-]+", word) for word in words):
+        if not all(re.fullmatch(r"[\w/-]+", word) for word in words):
             # Not repeated: it may be a secret.
             _refuse(document, "--set", f"must be path=value, the path as words joined by dots; {_WAY}")
             continue

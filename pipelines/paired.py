@@ -8,13 +8,24 @@ from typing import Literal
 
 from pipelines.scores import Items, Score
 from stages.base import ConfigError, Fault
-from stages.runtime.suites.intervals import CONFIDENCE, RESAMPLES, Interval, paired_interval
+from stages.runtime.suites.intervals import CONFIDENCE, MIN_FAMILIES, RESAMPLES, Interval, paired_interval
 
 METHOD = f"paired bootstrap by random half-samples of items, or of families of items, {RESAMPLES} resamples"
 
 __all__ = ["CONFIDENCE", "METHOD", "Difference", "Verdict", "difference", "in_order", "interval_of"]
 
-Verdict = Literal["better", "worse", "higher", "lower", "within noise", "too few items", "not paired", "not a number"]
+Verdict = Literal[
+    "better",
+    "worse",
+    "higher",
+    "lower",
+    "within noise",
+    "alike",
+    "too few items",
+    "too few counted items",
+    "not paired",
+    "not a number",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +56,28 @@ def difference(baseline: Score, variant: Score) -> Difference:
     count = left.independent
     interval = interval_of(left, right)
     if interval is None:
-        return Difference(point, None, len(left.ids), count, "too few items")
+        few: Verdict = "too few items" if count < MIN_FAMILIES else "too few counted items"
+        return Difference(point, None, len(left.ids), count, "alike" if _are_alike(left, right) else few)
     if not all(map(math.isfinite, interval)):
         # A comparison with a NaN is false both ways, and would be read as a verdict.
         return Difference(point, None, len(left.ids), count, "not a number")
     return Difference(point, interval, len(left.ids), count, _verdict(interval, variant.better))
 
 
+def _are_alike(*both: Items) -> bool:
+    """Whether every item that counts, in either, says the same; of fewer than ``MIN_FAMILIES`` nothing is said."""
+    said: set[float] = set()
+    for items in both:
+        kept = [place for place, bottom in enumerate(items.denominator) if bottom]
+        owners = items.ids if items.families is None else items.families
+        if len({owners[place] for place in kept}) < MIN_FAMILIES:
+            return False
+        said |= {items.numerator[place] / items.denominator[place] for place in kept}
+    return len(said) == 1
+
+
 def interval_of(baseline: Items, variant: Items) -> Interval | None:
-    """The interval of ``variant`` minus ``baseline`` over items in one order; none of too few families."""
+    """The interval of ``variant`` minus ``baseline`` over items in one order; none of too few (counted) families."""
     left, right = (baseline.numerator, baseline.denominator), (variant.numerator, variant.denominator)
     return paired_interval(left, right, baseline.families)
 
@@ -78,6 +102,9 @@ def in_order(items: Items, like: Items, name: str) -> Items:
 
 def _verdict(interval: Interval, better: str) -> Verdict:
     low, high = interval
+    if low == high == 0:
+        # Each half-sample says the same of both, which is more than that the difference is small.
+        return "alike"
     if low <= 0 <= high:
         return "within noise"
     rises = low > 0

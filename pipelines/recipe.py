@@ -87,7 +87,9 @@ def load_recipe(
     registry = _registry(stages)
     document = parse(_text(path))
     if not document.faults and not isinstance(document.data, dict):
-        got = shown(document.data)
+        # What it holds is not repeated: the file may be none of ours, and hold secrets.
+        found = document.data
+        got = {"NoneType": "nothing", "str": "text", "list": "a list"}.get(type(found).__name__, "a number")
         document.faults.append(((), Fault("recipe", f"must be a mapping of fields; got {got}; start with `name:`", 1)))
     if not isinstance(document.data, dict):
         raise ConfigError([fault for _, fault in document.faults])

@@ -27,6 +27,9 @@ from stages.base import (
 from stages.runtime.decontamination import SET_INPUTS, absent, absent_files, file_revisions, open_index, set_line
 from stages.runtime.sources import repeated_names, source_error, unreachable, unreadable
 
+_NAMED_RULES = 4
+"""Rules that a source's line of the summary names; all are in the corpus's description."""
+
 
 class CleanConfig(StageConfig):
     """What to read and how to clean it."""
@@ -67,7 +70,7 @@ class Clean(Stage):
 
     kind = "clean"
     Config = CleanConfig
-    code_version = 2
+    code_version = 3
     produces = "corpus"
     inputs: ClassVar[dict[str, Input]] = SET_INPUTS
 
@@ -218,12 +221,20 @@ def _summary(described: list[dict[str, Any]], facts: dict[str, Any]) -> list[str
     lines = [f"{'source':<22} {'lang':<5} {'train docs':>10} {'MB':>8} {'heldout':>8} {'MB':>7}  dropped"]
     for entry in described:
         train, heldout = entry["train"], entry["heldout"]
-        lost = ", ".join(f"{rule} {count}" for rule, count in sorted(entry["dropped"].items(), key=lambda x: -x[1])[:4])
+        lost = _most(entry["dropped"])
         lines.append(
             f"{entry['name']:<22} {entry['language']:<5} {train['documents']:>10} {train['bytes'] / 1e6:>8.2f} "
             f"{heldout['documents']:>8} {heldout['bytes'] / 1e6:>7.3f}  {lost or '-'}"
         )
     return [*lines, *_content_lines(described, facts)]
+
+
+def _most(dropped: dict[str, int]) -> str:
+    """The rules that dropped most, and how many more there are."""
+    rules = [f"{rule} {count}" for rule, count in sorted(dropped.items(), key=lambda item: -item[1])]
+    more = len(rules) - _NAMED_RULES
+    ending = f" and {more} more rule{'s' * (more > 1)}" if more > 0 else ""
+    return ", ".join(rules[:_NAMED_RULES]) + ending
 
 
 def _content_lines(described: list[dict[str, Any]], facts: dict[str, Any]) -> list[str]:

@@ -14,6 +14,9 @@ from stages.base import Fault, Input, Stage, StageConfig, StageContext, StageRes
 from stages.runtime.gates import GateConfig, gate_faults
 from stages.runtime.suites.config import NEEDS, LocalTask, Suites, needed_inputs
 
+MIN_PROMPT_TOKENS = 8
+"""Room that the longest reply must leave: about what the template alone takes of a user's message."""
+
 
 class EvaluateConfig(StageConfig):
     """Which model, on which sets, by which suites."""
@@ -159,7 +162,7 @@ class Evaluate(Stage):
 
 
 def length_faults(config: EvaluateConfig, spec: ModelSpec) -> list[Fault]:
-    """Windows longer than the model was made for: what it says beyond is no measure of it."""
+    """Windows longer than the model was made for (what it says beyond is no measure of it), replies without room."""
     asked: list[tuple[str, int]] = []
     if config.suites.bpb is not None:
         asked.append(("suites.bpb.seq_len", config.suites.bpb.seq_len))
@@ -169,7 +172,30 @@ def length_faults(config: EvaluateConfig, spec: ModelSpec) -> list[Fault]:
         Fault(path, f"must be at most model.max_seq_len {spec.max_seq_len}; got {length}; set less")
         for path, length in asked
         if length > spec.max_seq_len
-    ]
+    ] + reply_faults(config.suites, spec.max_seq_len)
+
+
+def reply_faults(suites: Suites, max_seq_len: int) -> list[Fault]:
+    """Replies so long that no prompt fits before them."""
+    asked = {
+        f"suites.{name}.max_new_tokens": section.max_new_tokens
+        for name, section in suites.chosen().items()
+        if name != "harness" and hasattr(section, "max_new_tokens")
+    }
+    harness = suites.harness
+    if harness is not None:
+        # What is not generated has no length.
+        if "tasks_local" in harness.local:
+            asked["suites.harness.max_new_tokens"] = harness.max_new_tokens
+        asked |= {
+            f"suites.harness.files[{number}].max_new_tokens": task.max_new_tokens
+            for number, task in enumerate(harness.files)
+            if task.kind == "answer"
+        }
+    most = max_seq_len - MIN_PROMPT_TOKENS
+    told = f"must leave {MIN_PROMPT_TOKENS} tokens of model.max_seq_len {max_seq_len} to a prompt"
+    way = f"set {most} or less" if most > 0 else "set a longer model.max_seq_len"
+    return [Fault(path, f"{told}; got {asked_for}; {way}") for path, asked_for in asked.items() if asked_for > most]
 
 
 def facts_faults(output: Path) -> list[Fault]:

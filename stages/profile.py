@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ FACT_DOMAINS = {
     "sum": "mathematics",
 }
 """Domain of text by domain of facts; a domain of facts that is called like one of text stands for itself."""
+_NAMED = 8
+"""Cells that the summary's last line names; all are in the table above it."""
 _MARGINS = "margins/nats_per_token"
 
 
@@ -173,11 +176,20 @@ def _summary(cells: Sequence[Cell], advice: Sequence[Advice], unmapped: Sequence
         margin = f"{one.margin.nats_per_token:+.2f} ({one.margin.n})" if one.margin else "-"
         size = f"{one.tokens:>11,.0f}  {spread.get(pair, 0):>7,.0f}  {one.share:>14.1%}  {read.get(pair, 0):>14,}"
         lines.append(f"{one.language:<8}  {one.domain:<11}  {size}  {margin:<14}  {one.told}")
-    first = [f"{one.language}/{one.domain}" for one in advice if one.verdict in (COLLECT, SCARCE)][:8]
-    lines.append(f"collect next: {', '.join(first) or 'nothing is scarce or weak'}")
+    wanted = _in_turn([one for one in advice if one.verdict in (COLLECT, SCARCE)])
+    more = f", and {len(wanted) - _NAMED} more" if len(wanted) > _NAMED else ""
+    lines.append(f"collect next: {', '.join(wanted[:_NAMED]) or 'nothing is scarce or weak'}{more}")
     if unmapped:
         lines.append(f"facts of no known domain: {', '.join(unmapped)}; say in fact_domains what they belong to")
     return lines
+
+
+def _in_turn(advice: Sequence[Advice]) -> list[str]:
+    """``language/domain`` of each, the languages by turns: the domains of one may be more than a line names."""
+    waiting: dict[str, list[str]] = {}
+    for one in advice:
+        waiting.setdefault(one.language, []).append(f"{one.language}/{one.domain}")
+    return [name for turn in itertools.zip_longest(*waiting.values()) for name in turn if name is not None]
 
 
 def _declared_lines(declared: Sequence[Declared]) -> list[str]:

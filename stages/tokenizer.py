@@ -113,12 +113,15 @@ class Tokenizer(Stage):
         (context.output / FERTILITY_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         ours = next(iter(report.values()))
         info = finish(context.output, tokenizer, config.model_type, ours, **facts)
+        warnings = _unfilled(config, info["vocab_size"])
+        for line in warnings:
+            print(f"tokenizer: {line}", flush=True)
         metrics = {
             "vocab_size": info["vocab_size"],
             "train_seconds": round(elapsed, 3),
             **{f"bytes_per_token_{language}": figures["bytes_per_token"] for language, figures in ours.items()},
         }
-        return StageResult(metrics, _summary(info, report, elapsed))
+        return StageResult(metrics, [*warnings, *_summary(info, report, elapsed)])
 
 
 def build(config: TokenizerConfig, corpus: Path, output: Path, seed: int, cache: Path, work: Path) -> dict[str, Any]:
@@ -227,6 +230,16 @@ def _kind_faults(config: TokenizerConfig) -> list[Fault]:
     if config.indentation_runs and kind != "sentencepiece_bpe":
         faults.append(Fault("indentation_runs", "must be empty unless model_type is sentencepiece_bpe; remove it"))
     return faults
+
+
+def _unfilled(config: TokenizerConfig, made: int) -> list[str]:
+    """A warning where byte-level BPE ran out of pairs to merge: the library then ends early without a word."""
+    if config.vocab_size is None or made >= config.vocab_size:
+        return []
+    return [
+        f"WARNING: vocab_size asks for {config.vocab_size:,} ids, and the sampled text gave {made:,}: no pair in it is "
+        f"left that occurs twice; set vocab_size to {made}, raise max_sample_bytes, or give the corpus more text"
+    ]
 
 
 def _summary(info: dict[str, Any], report: Mapping[str, Any], elapsed: float) -> list[str]:

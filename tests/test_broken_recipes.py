@@ -23,8 +23,8 @@ TRAIN = "  train:\n    kind: train\n    data: gather\n    max_steps: 300\n    lr
 BROKEN = {
     # the text itself
     "empty": ("", [], [("recipe", "must be a mapping")]),
-    "a list": ("- 1\n- 2\n", [], [("recipe", "must be a mapping of fields; got [1, 2]")]),
-    "a word": ("hello", [], [("recipe", "got 'hello'")]),
+    "a list": ("- 1\n- 2\n", [], [("recipe", "must be a mapping of fields; got a list")]),
+    "a word": ("hello", [], [("recipe", "got text")]),
     "open bracket": (changed("seed: 17", "seed: [17"), [], [("recipe", "is not valid YAML")]),
     "tab": (changed("seed: 17", "\tseed: 17"), [], [("recipe", "'\\t' that cannot start any token")]),
     "control character": (changed("toy", "t\x07y"), [], [("recipe", "special characters are not allowed")]),

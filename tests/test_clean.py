@@ -18,7 +18,7 @@ from data.rules import rules_of
 from data.source_config import HeldoutConfig
 from data.words import WordRuns
 from stages.base import ConfigError
-from stages.clean import Clean
+from stages.clean import Clean, _summary
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -317,3 +317,15 @@ def test_corpus_files_carry_no_time_and_no_name(mixed):
     assert data[4:8] == b"\0\0\0\0"  # RFC 1952: MTIME
     assert not data[3] & 0x08  # RFC 1952: FNAME
     assert gzip.decompress(data).endswith(b"}\n")
+
+
+def test_the_summary_says_how_many_rules_it_does_not_name():
+    side = {"documents": 1, "bytes": 10}
+    entry = {"name": "tales", "language": "en", "train": side, "heldout": side}
+    endings = []
+    for count in (0, 4, 5, 6):
+        dropped = {f"rule_{number}": 9 - number for number in range(count)}
+        lines = _summary([entry | {"dropped": dropped}], {"decontamination": {"sets": []}, "quality": None})
+        endings.append(lines[1].split("0.000  ")[1])
+    named = "rule_0 9, rule_1 8, rule_2 7, rule_3 6"
+    assert endings == ["-", named, f"{named} and 1 more rule", f"{named} and 2 more rules"]

@@ -124,12 +124,16 @@ BOILERPLATE = [
     "Please enable JavaScript to view this page.", "© 2024 Some Company", "All rights reserved.",
     "सर्वाधिकार सुरक्षित", "Skip to main content", "Weiterlesen", "Share on Facebook", "Log in or register",
     "Privacy Policy | Terms of Use | Contact", "Datenschutz | Impressum", "Home > News > Sports",
-    "Subscribe to our newsletter",
+    "Subscribe to our newsletter", "Newsletter abonnieren", "Newsletter", "Copyright (c) 2020 The Authors",
+    "Copyright 2019", "All cookies on our pages: please agree to them.",
 ]  # fmt: skip
 PROSE = [
     "Cookies are baked at 180 degrees.", "JavaScript is a language that browsers run, and so do servers.",
     "He had to log in the forest to pay his debts before winter.", "The copyright-free works of the library are many.",
     "Wer JavaScript aktiviert hat, hat's leichter mit dem Klicken.", "Share your bread with the hungry, said the monk.",
+    "Copyright law protects the expression of ideas, not the ideas themselves.",
+    "Newsletter-Marketing ist ein wichtiger Teil der Werbung.", "Subscribe to channels was introduced by Queen Anne.",
+    "Cookies are small files; sites agree to accept them.",
 ]  # fmt: skip
 
 

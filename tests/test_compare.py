@@ -13,7 +13,7 @@ import pytest
 from paired_scores import score
 from report_chain import HOSTILE, RECIPE, STAGES, make_chain, run_chain
 
-from pipelines.compare import main
+from pipelines.compare import main, score_lines
 from pipelines.comparison import UnlikeError, beside, mismatches
 from pipelines.comparison import compare as compare_all
 from pipelines.report_sections import _verdict
@@ -81,6 +81,14 @@ def test_the_table_has_each_score_with_n_interval_and_verdict_and_no_average(com
     assert lines["safety/over_refusal"].endswith("within noise")
     assert "200 documents" in lines["bpb/de"]
     assert "bits_per_byte" in lines["bpb/de"]
+
+
+def test_where_the_variants_counted_another_part_of_the_items_both_counts_are_shown():
+    found = [score(ratio([1.0] * 8), name="s/x", n=n, n_unit="replies") for n in (4, 8)]
+    given = {name: [Evaluation("judge", Path(), 0.95, [one], [], {})] for name, one in zip("ab", found, strict=True)}
+    assert "  4 / 8 replies  " in score_lines(compare_all(given))[2]
+    given["b"] = given["a"]
+    assert "  4 replies  " in score_lines(compare_all(given))[2]
 
 
 def test_scores_of_different_sets_are_refused_by_name(compare, home, capsys):  # trap M3

@@ -19,12 +19,14 @@ from data.heldout import HeldoutSet
 from data.tokenizer import encode_text
 from model.decode import generate
 from stages.base import ConfigError
-from stages.evaluate import Evaluate
+from stages.evaluate import MIN_PROMPT_TOKENS, Evaluate, length_faults
 from stages.runtime import evaluation, rng
 from stages.runtime.manifest import CheckpointError
 from stages.runtime.suites import bench as benches
 from stages.runtime.suites import bpb, format, margins, reasoning, safety, samples
 from stages.runtime.suites.config import BpbConfig, MarginsConfig, SamplesConfig
+from stages.runtime.suites.evaluation_run import summary
+from stages.runtime.suites.intervals import ALL_ALIKE, TOO_FEW
 from stages.runtime.suites.registry import SUITES
 from stages.runtime.suites.scores import UNITS, Items
 
@@ -171,6 +173,18 @@ def test_a_prompt_without_room_is_left_out_aloud_and_none_left_is_refused(bench,
     assert "format: 1 of 2 prompts are longer than 184 tokens and left out" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"suites\.format\.max_new_tokens: must leave room"):
         bench.prompts("format", asked[:1], 8)
+    with pytest.raises(ConfigError, match="got 4096 and 2 prompts, none of which fits"):
+        bench.prompts("format", asked, 4096)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_summary_says_why_a_score_has_no_interval():
+    score = {"name": "format/stop", "suite": "format", "part": None, "value": 0.0, "unit": "share", "n_unit": "replies"}
+    scores = [score | {"interval": None, "n": n, "method": why} for n, why in ((9, ALL_ALIKE), (1, TOO_FEW))]
+    head, alike, few = summary({"stage": "sft", "key": "k", "scores": scores}, [])
+    assert alike.split()[2:] == "none share 9 replies (every item says the same)".split()
+    assert few.split()[2:] == "none share 1 replies (fewer than two to draw from)".split()
+    assert alike.index("share") == head.index("unit")
 
 
 def test_each_prompt_is_put_once_and_categories_are_never_averaged(parents, finished):  # trap M8
@@ -320,6 +334,22 @@ def test_windows_beyond_the_models_length_are_refused_wherever_the_model_comes_f
     found = [*Evaluate.check(long, tiny_run.spec()), *Evaluate.check_parents(long, None, {"from_": parents["from_"]})]
     assert [fault.path for fault in found] == ["suites.bpb.seq_len"] * 2
     assert "must be at most model.max_seq_len" in found[0].message
+
+
+def test_replies_that_leave_no_room_for_a_prompt_are_refused_before_anything_runs(parents):
+    most = tiny_run.spec().max_seq_len - MIN_PROMPT_TOKENS
+    for length, refused in ((most, False), (most + 1, True)):
+        names = ["reasoning", "safety", "decoding", "format", "samples", "code"]
+        suites = {name: {"max_new_tokens": length} for name in names}
+        task = {"name": "cats_local", "type": "file", "kind": "answer", "path": "x", "licence": "CC0"}
+        suites["harness"] = {"local": ["tasks_local"], "max_new_tokens": length}
+        suites["harness"]["files"] = [task | {"max_new_tokens": length}]
+        faults = length_faults(config(suites=suites), tiny_run.spec())
+        paths = [f"suites.{name}.max_new_tokens" for name in [*names, "harness", "harness.files[0]"]]
+        assert [fault.path for fault in faults] == (paths if refused else [])
+    assert f"must leave 8 tokens of model.max_seq_len {most + 8} to a prompt; got {most + 1}; set" in faults[0].message
+    # Where no answer is generated its length is not read.
+    assert length_faults(config(suites={"harness": {"max_new_tokens": 4096}}), tiny_run.spec()) == []
 
 
 def test_held_out_tokens_of_another_tokenizer_are_refused(parents, tmp_path):  # trap K10

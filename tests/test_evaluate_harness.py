@@ -142,6 +142,8 @@ def test_the_harnesss_bits_per_byte_differ_from_ours_by_the_first_token_and_what
     # fp32 log-softmax against fp64: about 1e-7 of each token's nats.
     assert theirs["value"] == pytest.approx(bits / n_bytes, rel=1e-6)
     assert (theirs["unit"], theirs["n"], theirs["better"]) == ("bits_per_byte", 12, "lower")
+    assert theirs["n_unit"] == "documents"
+    assert "over documents, " in theirs["method"]
     assert theirs["interval"][0] < theirs["value"] < theirs["interval"][1]
     ours = bpb.run(bench, BpbConfig(seq_len=128, documents=6, document_tokens=None)).scores[-1]
     assert ours.name == "bpb/all"

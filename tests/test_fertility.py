@@ -225,3 +225,13 @@ def test_the_documented_table_is_what_was_measured(monkeypatch):
     assert fertility.markdown(rows) in text
     hindi = next(row for row in rows if row["language"] == "hi")
     assert f"hi {hindi['documents']:,} documents, {hindi['bytes'] / 1e6:.2f} MB, {hindi['words']:,} words" in text
+
+
+def test_where_the_rule_itself_cuts_at_matras_no_vocabulary_is_blamed():
+    figures = measure_texts(tokenizer_of(*whole(NA, I_SIGN, TA), pattern=QWEN2_PATTERN), ["नि तत नि न"])
+    whole_words = measure_texts(tokenizer_of(*whole(NA, I_SIGN, TA), (NA, I_SIGN)), ["नि तत नि न"])
+    *_, ruled, uncut = table({"a": {"hi": figures}, "b": {"hi": whole_words}})
+    assert ruled.endswith(
+        "cuts 100.0% at one, and tokens cut 100.0%: the split rule itself cuts at marks, which no vocabulary mends"
+    )
+    assert uncut.endswith("cuts 0.0% at one, and tokens cut 0.0%")

@@ -17,6 +17,7 @@ from stages.base import ConfigError
 from stages.evaluate import Evaluate, EvaluateConfig
 from stages.runtime.artifact import ArtifactError
 from stages.runtime.manifest import write_manifest
+from stages.runtime.suites.intervals import ALL_ALIKE
 
 STAGES_OF = {
     "text": {"kind": "gather", "sources": [{"name": "wiki"}]},
@@ -153,6 +154,15 @@ def test_a_score_that_is_missing_closes_the_gate(home):
     (found,) = judged(home, {"metric": "bpb/df", "max": 9.0, "undecided": "pass"}).values()
     assert (found.state, found.closed) == ("cannot be judged", True)
     assert found.why == "judge-tuned has no such score; did you mean 'bpb/de'?"
+
+
+def test_a_limit_on_a_score_without_an_interval_is_told_why_there_is_none(home):
+    def alike(scores, items):
+        one_of(scores, BPB).update(interval=None, method=ALL_ALIKE)
+
+    (found,) = rewritten(home, alike, gates=[{"metric": BPB, "max": 9.0}])
+    assert (found.state, found.closed) == ("cannot be judged", True)
+    assert found.why == f"{BPB} has no interval: every item says the same; 200 documents"
 
 
 @pytest.mark.parametrize(

@@ -23,14 +23,14 @@ from stages.runtime.alarms import AlarmConfig
 from stages.runtime.gates import GateConfig
 
 GOLDEN = {
-    "default/clean": "ef30432264a7",
-    "default/tokenizer": "a81c9bae5c0e",
-    "default/tokenize": "7a976b84ade5",
-    "default/pretrain": "5c8b7f3968c2",
-    "tiny_helix/clean": "ef30432264a7",
-    "tiny_helix/tokenizer": "f6842842a947",
-    "tiny_helix/tokenize": "d52464a223f5",
-    "tiny_helix/pretrain": "b775019b2fa5",
+    "default/clean": "b45aa04f1acc",
+    "default/tokenizer": "d0890ea1c44b",
+    "default/tokenize": "dd0e8c988e15",
+    "default/pretrain": "c3dd1a490072",
+    "tiny_helix/clean": "b45aa04f1acc",
+    "tiny_helix/tokenizer": "ec2eb5ef561b",
+    "tiny_helix/tokenize": "7fd7bf96c94e",
+    "tiny_helix/pretrain": "8bc8b7ddde2d",
 }
 """First digits of real stages' keys. If they change, all users' artifacts are orphaned: never by accident."""
 

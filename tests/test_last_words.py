@@ -1,5 +1,7 @@
 """Whatever a launcher says at the end, the last line of `--all` is ours: stage, reason, log, what to run."""
 
+import os
+import re
 import sys
 
 import pytest
@@ -10,6 +12,7 @@ from pipelines.chain import build_chain
 from pipelines.last_words import last_words
 from pipelines.recipe import load_recipe
 from stages.runtime.artifact import read_record, write_record
+from stages.runtime.lock import hold
 
 NOISE = "import os, sys, subprocess; code = subprocess.call(sys.argv[1:]); print('[ERROR] sigkill_handler exits'," \
     " file=sys.stderr, flush=True); sys.exit(code)"  # fmt: skip
@@ -76,3 +79,14 @@ def test_a_long_reason_is_cut_and_no_secret_is_repeated(run, monkeypatch):
     assert "hf_abcdefghijklmnop" not in words
     assert "\n" not in words
     assert len(words) < 700
+
+
+def test_of_two_starts_at_once_the_second_says_who_works_on_the_stage(run):
+    # The record is the other run's, which has met no error: it was not killed.
+    _, _, node = run("train.ending=kill")
+    with hold(node.job.directory):
+        words = last_words([node], 1, command_for)
+    assert words is not None
+    assert re.match(rf"train was not run: .* is being worked on by process {os.getpid()} on .*; wait for it, or", words)
+    assert words.endswith("alone: deepspeed pipelines/run.py --stage train")
+    assert "killed" not in words

@@ -8,6 +8,7 @@ import pytest
 from tracked_run import ROOT, sealed, tracker_in
 
 from pipelines.lineage import main
+from stages.runtime.artifact import git_state
 
 CORPUS, TOKENIZER, TOKENS, MODEL = "clean-aaaaaaaa", "tokenizer-bbbbbbbb", "tokenize-cccccccc", "pretrain-dddddddd"
 
@@ -150,6 +151,40 @@ def test_a_moved_runs_folder_keeps_its_lineage(runs, tmp_path, capsys):
 def test_an_empty_runs_folder_is_refused(tmp_path, capsys):
     assert main(["--runs", str(tmp_path), "verify"]) == 2
     assert "must hold artifacts" in capsys.readouterr().err
+
+
+def test_as_a_script_it_takes_the_modules_that_lie_beside_it_and_not_installed_ones(tmp_path):
+    room = tmp_path / "pipelines"
+    room.mkdir()
+    (room / "__init__.py").touch()
+    (room / "lineage.py").write_bytes((ROOT / "pipelines" / "lineage.py").read_bytes())
+    (room / "environment.py").write_text("def fault(argv):\n    return 'its own environment'\n")
+    command = [sys.executable, str(room / "lineage.py"), "show", "x"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "its own environment\n")
+
+
+def test_notes_beside_the_program_do_not_change_its_code_and_a_new_module_does(tmp_path):
+    def git(*arguments):
+        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True)
+
+    module = tmp_path / "stages" / "deep" / "one.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("a = 1\n")
+    git("init")
+    git("add", ".")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "one")
+    (tmp_path / "notes.md").touch()
+    (tmp_path / "scratch.py").touch()
+    (module.parent / "notes.txt").touch()
+    assert git_state(tmp_path)["dirty"] is False
+    new = module.with_name("two.py")
+    new.touch()
+    assert git_state(tmp_path)["dirty"] is True
+    new.unlink()
+    assert git_state(tmp_path)["dirty"] is False
+    module.write_text("a = 2\n")
+    assert git_state(tmp_path)["dirty"] is True
 
 
 def test_the_module_runs_as_a_command_without_heavy_imports():

@@ -7,6 +7,7 @@ from golden_recipes import TINY_HELIX
 from tiny_corpus import build_tokens
 from tiny_run import config, spec
 
+from data import mix
 from data.errors import DataError
 from data.loader import MixtureLoader
 from data.mix import PERIOD_ROWS, PhasedSchedule, SourceSchedule
@@ -113,6 +114,18 @@ def test_the_worst_error_is_that_of_the_worst_window():
     windows = np.lib.stride_tricks.sliding_window_view(owners, rows)[:PERIOD_ROWS]
     worst = max(np.abs((windows == source).mean(1) - weights[source]).max() for source in range(3))
     assert PhasedSchedule([(0, weights)]).worst_error(rows) == pytest.approx(worst)
+
+
+@pytest.mark.parametrize("rows", [63, 64, 65, 77, 128, 150])
+def test_the_worst_error_of_windows_longer_than_a_period_is_exact(rows, monkeypatch):
+    # trap T5: the schedule's period is made short, so that every window can be counted
+    monkeypatch.setattr(mix, "PERIOD_ROWS", 64)
+    weights = np.array([0.7, 0.2, 0.1])
+    schedule = SourceSchedule(weights)
+    owners, _ = schedule.locate(np.arange(64 + rows))
+    windows = np.lib.stride_tricks.sliding_window_view(owners, rows)
+    worst = max(np.abs((windows == source).mean(1) - weights[source]).max() for source in range(3))
+    assert schedule.worst_error(rows) == pytest.approx(worst, abs=1e-12)
 
 
 T, G = 16, 8

@@ -1,6 +1,7 @@
 """`--data DIR`: what is taken and what is left out is named, and too little text is refused before anything runs."""
 
 import json
+import os
 
 import pytest
 from fake_chain import write_recipe
@@ -46,15 +47,23 @@ def odd(folder):
     (folder / "rows.jsonl").write_text('{"titel": "a", "inhalt": "b"}\n')
     (folder / "void.jsonl").write_text('{"text": null}\n{"text": "  "}\n')
     (folder / "zero.txt").write_bytes(b"a\0b" * 99)
+    (folder / "torn.jsonl").write_text('{"text": "a"}\n{torn\n{"txt": 3}\n{"text": 4}\n')
+    (folder / "gone.txt").symlink_to("nowhere.txt")
+    (folder / "round").symlink_to(folder)
+    os.mkfifo(folder / "pipe.txt")
     (folder / ".hidden").touch()
     return {
         "blank.md": "holds nothing but blanks",
         "code.py": f"1 document of its kind, a source needs {MIN_DOCUMENTS}",
         "empty.txt": "empty",
+        "gone.txt": "a link",
         "latin1.txt": "not UTF-8: byte 0xdc",
         "nothing.jsonl": "holds no rows",
         "picture.png": "not of a kind that is read",
+        "pipe.txt": "not a regular file",
+        "round": "a link",
         "rows.jsonl": "no field text, content, document, body; its fields: titel, inhalt",
+        "torn.jsonl": f"1 document of its kind, a source needs {MIN_DOCUMENTS}",
         "void.jsonl": "nothing in the field text",
         "zero.txt": "not text: it holds zero bytes",
     }
@@ -95,7 +104,7 @@ def test_the_operator_is_told_what_is_taken_and_what_is_not(plan, tmp_path):
     size = sum(len(SENTENCE.format(number)) * 4 for number in range(60))
     assert taken == f"--data: {tmp_path / 'own'}: 60 files, {size:,} bytes, 60 documents: own-text-en 60 files"
     named = [f"{file} ({why})" for file, why in reasons.items()]
-    assert left == f"--data: left out: {', '.join(named[:8])}, and 1 more"
+    assert left == f"--data: left out: {', '.join(named[:8])}, and {len(named) - 8} more"
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,42 @@ def test_a_model_that_gives_no_numbers_is_never_better(better):
     assert difference(score(left, better), score(right, better)).verdict == "not a number"
 
 
+@pytest.mark.parametrize("count", [10, 60])
+def test_a_half_sample_without_a_counted_item_leaves_no_interval_and_says_so(count):  # trap M6
+    # Of the variant's replies three alone were long enough to be judged: 1 half-sample in 8 holds none of them.
+    some = [1.0] * 3 + [0.0] * (count - 3)
+    left, right = ratio([0.5] * count), ratio([0.25] * 3 + [0.0] * (count - 3), some)
+    for one, other in ((left, right), (right, left)):
+        found = difference(score(one), score(other))
+        assert (found.verdict, found.interval, found.n) == ("too few counted items", None, count)
+    broken = ratio([math.nan, *right.numerator[1:]], some)
+    assert difference(score(left), score(broken)).verdict == "not a number"
+
+
+def test_enough_counted_items_among_others_are_compared_as_if_the_others_were_not_there():
+    # Of 100 that count a half-sample lacks all once in 2**100 draws.
+    sizes = [1.0] * 100 + [0.0] * 20
+    draws = [place % 7 for place in range(100)] + [0] * 20
+    found = difference(score(ratio(draws, sizes)), score(ratio([2 * one for one in draws], sizes)))
+    assert found.verdict == "better"
+    assert found.value == pytest.approx(sum(draws) / 100)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.4])
+def test_scores_whose_items_all_say_the_same_are_called_alike_and_not_noise(value):
+    sizes = [3.0 + place % 2 for place in range(30)]
+    items = ratio([value * size for size in sizes], sizes)
+    found = difference(score(items), score(items))
+    assert (found.value, found.interval, found.verdict) == (0.0, (0.0, 0.0), "alike")
+
+
+@pytest.mark.parametrize(("counted", "expected"), [(6, "alike"), (5, "too few counted items")])
+def test_zero_against_zero_is_alike_where_other_items_count_in_each(counted, expected):
+    left, right = ([1.0] * n + [0.0] * (12 - n) for n in (counted, 8))
+    found = difference(score(ratio([0.0] * 12, left)), score(ratio([0.0] * 12, right)))
+    assert (found.value, found.interval, found.verdict) == (0.0, None, expected)
+
+
 def test_without_items_nothing_is_called_better():
     bare = dataclasses.replace(score(ratio([0.0] * 50)), items=None)
     assert difference(bare, score(ratio([1.0] * 50))).verdict == "not paired"

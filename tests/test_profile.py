@@ -11,12 +11,24 @@ from tiny_corpus import build_corpus
 
 from data.corpus import DocumentWriter, document_id, read_documents, write_description
 from data.domains import DOMAINS, LANGUAGES, TOPICS, classify, evidence, is_dialogue, listed, scores
-from data.profile import COLLECT, ENOUGH, SCARCE, UNJUDGED, UNMEASURED, WEAK, Cell, Margin, advise, profile_corpus
+from data.profile import (
+    COLLECT,
+    ENOUGH,
+    SCARCE,
+    UNJUDGED,
+    UNMEASURED,
+    WEAK,
+    Advice,
+    Cell,
+    Margin,
+    advise,
+    profile_corpus,
+)
 from data.tokenizer import encode_text, finish, load
 from data.tokenizer_train import train_byte_level
 from stages import STAGES
 from stages.base import StageContext
-from stages.profile import FACT_DOMAINS, Profile, ProfileConfig
+from stages.profile import FACT_DOMAINS, Profile, ProfileConfig, _summary
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -339,3 +351,14 @@ def test_the_benchmark_counts_right_wrong_and_unsaid(monkeypatch):
     )  # fmt: skip
     whole = next(row for row in rows if row["label"] == "all")
     assert (whole["n"], whole["coverage"], whole["precision"], whole["recall"]) == (4, 0.5, 0.5, 0.25)
+
+
+def test_languages_take_turns_in_what_to_collect_next_and_the_rest_is_counted():
+    urgent = [Advice("de", f"d{number}", 0.0, 0.0, COLLECT, None, False) for number in range(9)]
+    later = [Advice(language, "x", 1.0, 0.0, SCARCE, None, False) for language in ("en", "hi")]
+    enough = [Advice("fr", "x", 9.0, 0.9, ENOUGH, None, False)]
+    assert _summary([], [*urgent, *later, *enough], [])[-1] == (
+        "collect next: de/d0, en/x, hi/x, de/d1, de/d2, de/d3, de/d4, de/d5, and 3 more"
+    )
+    assert _summary([], [*urgent[:8], *enough], [])[-1].endswith("de/d6, de/d7")
+    assert _summary([], enough, [])[-1] == "collect next: nothing is scarce or weak"

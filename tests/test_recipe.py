@@ -6,6 +6,7 @@ from fake_chain import RECIPE, STAGES, write_recipe
 from model.spec import expand_pattern
 from pipelines.credentials import is_secret_value
 from pipelines.document import parse
+from pipelines.overrides import apply_overrides
 from pipelines.recipe import RECIPES, SCHEMA, load_recipe, recipe_schema, schema_text
 from stages.base import ConfigError
 
@@ -177,3 +178,10 @@ def test_each_shipped_recipe_is_valid_and_names_the_schema(path):
 def test_brackets_without_end_are_one_line_and_no_recursion():
     with pytest.raises(ValueError, match="layers must have at most 128 brackets; got 3000"):
         expand_pattern("(" * 3000 + "mamba2" + ")" * 3000)
+
+
+def test_a_key_with_a_slash_or_a_dash_can_be_set():
+    document = parse("stages: {train: {mixture: {hi/-: 1, en/science: 2}}}")
+    apply_overrides(document, ["train.mixture.hi/-=0", "train.mixture.en/science=3"], ["stages"])
+    assert document.faults == []
+    assert document.data["stages"]["train"]["mixture"] == {"hi/-": 0, "en/science": 3}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow
 import pytest
+from pyarrow import parquet
 from pydantic import TypeAdapter, ValidationError
 from source_rows import write_jsonl, write_parquet
 
@@ -299,3 +300,15 @@ def test_damaged_own_text_is_refused_with_its_path(tmp_path):
     (tmp_path / "b.parquet").write_bytes(b"PAR1 and then nothing")
     with pytest.raises(SourceError, match=r"b\.parquet is damaged \(is truncated"):
         sources_from_directory(tmp_path)
+
+
+def test_a_flipped_byte_in_a_parquet_page_with_a_checksum_is_refused_by_name(tmp_path):
+    path, plain = tmp_path / "a.parquet", {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    for has_checksums in (True, False):
+        parquet.write_table(pyarrow.Table.from_pylist(ROWS), path, write_page_checksum=has_checksums, **plain)
+        path.write_bytes(path.read_bytes().replace(b"Line 7 of a file.", b"Line 8 of a file."))
+        if has_checksums:
+            with pytest.raises(SourceError, match=r"must name whole files; got a\.parquet, which .*CRC"):
+                read(tmp_path)
+    # Without them nothing tells; docs/sources.md says so.
+    assert read(tmp_path)[7].text == "Line 8 of a file."

@@ -287,6 +287,16 @@ def run_stage(config, corpus, tmp_path):
     return Tokenizer().run(context), output
 
 
+def test_a_vocabulary_that_the_text_cannot_fill_is_warned_of(corpus, tmp_path, capsys):
+    result, output = run_stage(TokenizerConfig(corpus="clean", vocab_size=200_000), corpus, tmp_path)
+    made = len(load(output))
+    assert made < 200_000
+    first = result.summary[0]
+    assert first.startswith(f"WARNING: vocab_size asks for 200,000 ids, and the sampled text gave {made:,}: ")
+    assert f"set vocab_size to {made}, raise max_sample_bytes, or" in first
+    assert f"tokenizer: {first}\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("model_type", ["byte_level_bpe", "sentencepiece_bpe", "import"])
 def test_the_stage_reports_bytes_a_token_by_language(model_type, corpus, foreign, tmp_path):
     extra = {"source": str(foreign)} if model_type == "import" else {"vocab_size": 450}
@@ -297,6 +307,7 @@ def test_the_stage_reports_bytes_a_token_by_language(model_type, corpus, foreign
     german = [d["text"] for d in read_documents(corpus, "heldout", "netz")]
     expected = sum(len(t.encode()) for t in german) / sum(len(encode_text(loaded, t)) for t in german)
     assert info["fertility"]["de"]["bytes_per_token"] == pytest.approx(expected, abs=1e-4)
+    assert not any("WARNING" in line for line in result.summary)
     assert result.metrics["bytes_per_token_de"] == info["fertility"]["de"]["bytes_per_token"]
     assert set(info["fertility"]) == {"en", "de", "hi", "code"}
     assert info["digest"] == directory_digest(output)

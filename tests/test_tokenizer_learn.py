@@ -14,10 +14,12 @@ import pytest
 from tiny_corpus import build_corpus
 
 from data import tokenizer_learn
+from data.errors import DataError
 from data.sample import Sample, sample_texts
 from data.tokenizer import directory_digest
 from data.tokenizer_learn import LearnJob, describe, learn
 from data.tokenizer_train import learn_byte_level, learn_sentencepiece
+from stages.runtime.faults import ending_of
 from stages.tokenizer import TokenizerConfig, build
 
 KINDS = ("byte_level_bpe", "sentencepiece_bpe")
@@ -83,6 +85,13 @@ def test_a_fault_of_the_user_comes_back_in_one_line(corpus, tmp_path):
         learn(job(corpus, language_shares={"en": 1.0}), tmp_path)
     with pytest.raises(ValueError, match=r"^vocab_size must fit the sampled text; got 50000"):
         learn(job(corpus, "sentencepiece_bpe", vocab_size=50_000), tmp_path)
+
+
+def test_a_fault_of_the_worker_names_its_field_as_the_recipe_does(corpus, tmp_path):
+    with pytest.raises(DataError) as caught:
+        learn(job(corpus, language_shares={"en": 1.0}), tmp_path)
+    (line,) = ending_of(caught.value, "tokenizer", tmp_path).lines
+    assert line.startswith("tokenizer.language_shares: must name exactly ['code', 'de', 'en', 'hi']; got ['en']; name")
 
 
 def test_a_worker_that_is_killed_is_no_success(corpus, monkeypatch, tmp_path):

@@ -32,6 +32,8 @@ METRICS = "metrics.jsonl"
 ROOT = Path(__file__).resolve().parents[2]
 
 _PACKAGES = ("pedigree-lm", "torch", "deepspeed", "transformers", "tokenizers", "datatrove", "numpy", "wandb")
+_NEW_CODE = ("pipelines/*.py", "stages/*.py", "model/*.py", "data/*.py")
+"""Patterns of git, in which * crosses folders."""
 _TAIL_BYTES = 1 << 16
 
 
@@ -230,12 +232,17 @@ def environment() -> dict[str, Any]:
 
 
 def git_state(root: Path) -> dict[str, Any]:
-    """Commit and whether the tree differs from it; both None where ``root`` is no checkout of its own."""
+    """Commit and whether the code differs from it; both None where ``root`` is no checkout of its own.
+
+    It differs where a tracked file was changed, or a module lies in our packages that git does not know.
+    """
     if not (root / ".git").exists():
         return {"commit": None, "dirty": None}
     commit = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
-    changes = _output(["git", "-C", str(root), "status", "--porcelain"])
-    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+    changes = _output(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
+    # Notes and results beside the program change nothing of it; a new module does.
+    added = _output(["git", "-C", str(root), "ls-files", "--others", "--exclude-standard", "--", *_NEW_CODE])
+    return {"commit": commit, "dirty": None if changes is None or added is None else bool(changes or added)}
 
 
 def versions() -> dict[str, str]:

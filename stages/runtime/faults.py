@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import re
 import shutil
 import traceback
 from collections.abc import Iterator
@@ -103,6 +104,10 @@ def _full_path(name: str, path: str) -> str:
     return path if own else f"{name}.{path}".rstrip(".")
 
 
+_LOST_RANK = re.compile(r"gloo.*(Read error|Connection (closed|reset))|remote process exited", re.DOTALL)
+"""What gloo and NCCL say on the other ranks when one dies."""
+
+
 def _plain_text(error: BaseException, directory: Path) -> str | None:
     """A line for faults whose traceback helps nobody, or None."""
     if isinstance(error, CheckpointError | ArtifactError | CorpusError | FetchError | OutOfMemory):
@@ -117,6 +122,8 @@ def _plain_text(error: BaseException, directory: Path) -> str | None:
     if type(error).__name__ == "DistNetworkError" and "EADDRINUSE" in str(error):
         port = os.environ.get("MASTER_PORT", "?")
         return f"the launcher's port {port} is taken by another run; give deepspeed a free one with --master_port"
+    if isinstance(error, RuntimeError) and _LOST_RANK.search(str(error)):
+        return "another rank is gone (its connection broke); what it said last tells why; the same command goes on"
     if type(error).__name__ == "OutOfMemoryError":
         return f"out of GPU memory: {error}; lower micro_batch_size (the result stays the same) or raise the ZeRO stage"
     return None

@@ -148,15 +148,15 @@ class Bench:
             for one, messages in conversations
         ]
         kept = [prompt for prompt in rendered if len(prompt.ids) <= room]
-        if len(kept) < len(rendered) and distributed.rank() == 0:
-            lost = len(rendered) - len(kept)
-            print(f"{suite}: {lost} of {len(rendered)} prompts are longer than {room} tokens and left out")
         if not kept:
             message = (
                 f"must leave room for a prompt in model.max_seq_len {self.max_seq_len}; got {max_new_tokens} and "
                 f"{len(rendered)} prompts, none of which fits; set less, or choose other prompts"
             )
             raise ConfigError(Fault(f"suites.{suite}.max_new_tokens", message))
+        if len(kept) < len(rendered) and distributed.rank() == 0:
+            lost = len(rendered) - len(kept)
+            print(f"{suite}: {lost} of {len(rendered)} prompts are longer than {room} tokens and left out")
         return kept
 
     def replies(

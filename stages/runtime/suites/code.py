@@ -118,7 +118,10 @@ def _prompts(bench: Bench, problems: Sequence[Problem], config: CodeConfig) -> l
     rendered = [Prompt(one["id"], encode_text(bench.tokenizer, one["prompt"])) for one in problems]
     kept = [prompt for prompt in rendered if len(prompt.ids) <= room]
     if not kept:
-        message = f"must leave room for a prompt in model.max_seq_len {bench.max_seq_len}; none fits {room}; set less"
+        message = (
+            f"must leave room for a prompt in model.max_seq_len {bench.max_seq_len}; got {config.max_new_tokens} and "
+            f"{len(rendered)} prompts, none of which fits; set less"
+        )
         raise ConfigError(Fault("suites.code.max_new_tokens", message))
     if len(kept) < len(rendered):
         lost = len(rendered) - len(kept)

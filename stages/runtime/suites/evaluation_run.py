@@ -25,6 +25,7 @@ from stages.runtime.artifact import read_record
 from stages.runtime.manifest import MANIFEST
 from stages.runtime.suites.bench import Bench, few_threads, open_bench
 from stages.runtime.suites.harness_local import file_input
+from stages.runtime.suites.intervals import reason
 from stages.runtime.suites.registry import SUITES
 from stages.runtime.suites.scores import CONFIDENCE, SuiteResult, content_hash
 
@@ -193,8 +194,9 @@ def summary(content: Mapping[str, Any], samples: list[dict[str, Any]]) -> list[s
         if not (score["part"] in (None, "difficulty", "task") or (score["part"], score["suite"]) in _SHOWN_PARTS):
             continue
         interval = score["interval"]
-        shown = f"[{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "too few for one"
-        tail = f"{score['unit']:<15} {score['n']:>5} {score['n_unit']}"
+        shown = f"[{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "none"
+        why = "" if interval else f" ({reason(score['method'])})"
+        tail = f"{score['unit']:<15} {score['n']:>5} {score['n_unit']}{why}"
         lines.append(f"{score['name']:<34} {score['value']:>9.4f}  {shown:<19} {tail}")
     for sample in samples:
         if sample["decoding"]["temperature"] == 0:

@@ -151,15 +151,17 @@ def _put(sheet: ScoreSheet, name: str, n: int, value: float, error: Any, higher:
     items = sheet.items.get(name)
     is_share = items is not None and items.denominator is None and set(items.numerator) <= {0.0, 1.0}
     unit = "bits_per_byte" if items is not None and items.denominator is not None else "share" if is_share else "score"
+    # What bits are told of is read, not asked.
+    n_unit = "documents" if unit == "bits_per_byte" else "questions"
     # The error is the model's own: among the settings it would keep every two models from being compared.
     own = f"; standard error {error:.6g}" if isinstance(error, float) else ""
     if items is not None:
-        interval, method = interval_of(items, unit, "questions")
+        interval, method = interval_of(items, unit, n_unit)
     else:
         interval, method = (value - _Z * error, value + _Z * error), INTERVAL
     sheet.put(
         name, float(value), n, interval, method if interval is None else method + own,
-        unit=unit, better="higher" if higher else "lower", n_unit="questions",
+        unit=unit, better="higher" if higher else "lower", n_unit=n_unit,
     )  # fmt: skip
 
 

@@ -108,6 +108,8 @@ def paired_interval(
 ) -> Interval | None:
     """The interval of the variant's ratio less the baseline's; none of fewer than ``MIN_FAMILIES`` families.
 
+    Nor is there one where so few items count in either that a half-sample may hold none of them: its ratio is no value,
+    and to leave it out would be to draw only from the half-samples in which both were judged. NaN stays NaN.
     Each is (numerator, denominator) over the same items in one order; half-samples are the same ones for both. Of yes
     and no the interval holds that of ``changes_interval`` as well: twelve answers that all stayed as they were do not
     show that none ever changes.
@@ -118,9 +120,12 @@ def paired_interval(
     table = table[table.any(1)]
     if len(table) < MIN_FAMILIES:
         return None
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found = [sums[:, 2] / sums[:, 3] - sums[:, 0] / sums[:, 1] for sums in _half_sums(table)]
-    low, high = _central(np.concatenate(found))
+    if not np.isfinite(table).all():
+        return math.nan, math.nan
+    drawn = _half_sums(table)
+    if any((sums[:, [1, 3]] == 0).any() for sums in drawn):
+        return None
+    low, high = _central(np.concatenate([sums[:, 2] / sums[:, 3] - sums[:, 0] / sums[:, 1] for sums in drawn]))
     if not all(map(_is_yes_or_no, (baseline, variant))) or (families is not None and low != high):
         return low, high
     gained, lost = (sum(b - a == sign for a, b in zip(baseline[0], variant[0], strict=True)) for sign in (1, -1))
@@ -168,6 +173,11 @@ def described_interval(
         return interval, STUDENT.format(families=count, unit=n_unit if families is None else f"families of {n_unit}")
     method = HALF_SAMPLES if families is None else FAMILY_HALF_SAMPLES
     return interval, method.format(unit=n_unit, families=count)
+
+
+def reason(method: str) -> str:
+    """Why a score has no interval, in few words, from the ``method`` that stands in its place."""
+    return method.removeprefix("none: ").partition(",")[0]
 
 
 def family_sums(families: Sequence[str], *columns: np.ndarray) -> np.ndarray:
