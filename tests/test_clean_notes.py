@@ -13,7 +13,7 @@ model:
   d_model: 32
   d_ff: 48
   vocab_size: 320
-  max_seq_len: 64
+  max_seq_len: 128
   layers: "1*att"
   mixers:
     att: {mixer: attention, n_heads: 2, n_kv_heads: 1, head_dim: 16}
