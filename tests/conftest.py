@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import pytest
 
@@ -26,6 +27,9 @@ def environment_of_each_file():
     yield
     os.environ.clear()
     os.environ.update(kept)
+    if torch := sys.modules.get("torch"):
+        # DeepSpeed's ZeRO-3 puts its own in this place, which a compiled block of a later file would meet.
+        torch.nn.functional.linear = torch._C._nn.linear
 
 
 @pytest.fixture
