@@ -338,3 +338,11 @@ def test_the_script_itself_exits_2_without_a_traceback(text, words, tmp_path):
     assert done.returncode == 2
     assert words in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_may_be_a_secret_is_not_repeated(tmp_path, capsys):
+    digits, foreign = "1234567890" * 4, tmp_path / "env.yaml"
+    foreign.write_text(f"TOKEN={digits}\n")
+    for path, more in ((foreign, []), (write_recipe(tmp_path), ["--set", f"seed={digits}"])):
+        assert main(["--plan", "--pipeline", str(path), *more], STAGES) == 2
+        assert digits[:20] not in capsys.readouterr().err

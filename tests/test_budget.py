@@ -87,6 +87,7 @@ def test_hours_and_cost_come_from_the_measured_step(tmp_path):
 def test_a_model_that_nobody_measured_has_no_hours(tmp_path):
     write_result(tmp_path)
     assert hours(PRESETS["chimera_700m"], 10, 1, None, tmp_path) is None
+    assert hours(PRESETS["hybrid_1b3"], 10, 1, None, tmp_path, precision="fp8") is None, "measured in bf16 alone"
     wider = PRESETS["hybrid_1b3"].model_copy(update={"d_ff": 5120})
     assert hours(wider, 10, 1, None, tmp_path) is None
     assert hours(PRESETS["hybrid_1b3"], 10, 1, None, write_result(tmp_path, preset="gone")) is None

@@ -7,7 +7,9 @@ from stages.runtime.faults import ending_of
 GLOO = "[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:4711: Connection reset by peer. GLHF!"
 
 
-@pytest.mark.parametrize("said", [GLOO, "NCCL error: remote process exited or there was a network error"])
+@pytest.mark.parametrize(
+    "said", [GLOO, "gloo/pair.cc: Read error: GLHF!", "NCCL error: remote process exited or there was a network error"]
+)
 def test_a_rank_that_died_is_told_as_such_by_the_others(said, tmp_path):
     ending = ending_of(RuntimeError(said), "sft", tmp_path)
     assert (ending.state, ending.code, ending.quiet) == ("failed", 1, True)
