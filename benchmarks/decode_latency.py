@@ -1,25 +1,29 @@
-"""Time to the first token and tokens a second of a preset with random weights in llama.cpp (``xllamacpp``'s build).
+"""Time to the first token and tokens a second of a preset with random weights in llama.cpp.
 
     python benchmarks/decode_latency.py --preset chimera_700m --precision q4_0 --prompt-tokens 128 512 --threads 2
+    python benchmarks/decode_latency.py --beside native/bin/python
+
+It times the wheel ``xllamacpp``, and beside it, on the same file and prompts, the llama.cpp that another interpreter
+has as ``llama_cpp``; ``docs/export.md`` says how to build one for the machine's own processor.
 
 The weights are drawn tensor by tensor, so that memory never holds the model twice. Each prompt is new, so nothing of it
 is cached; the first token counts from the prompt's arrival. Run it on idle cores: llama.cpp's threads wait for each
-other, and one that is disturbed holds up all. ``xllamacpp``'s wheel for Linux is built for AVX2 alone; a llama.cpp
-built on the machine itself is faster (``pip install llama-cpp-python --no-binary llama-cpp-python``, about ten minutes
-on two cores); that one is not measured here.
+other, and one that is disturbed holds up all.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
+import json
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama_cpp_python import peak_memory_bytes
 from record import RESULTS, ROOT, table, write_result
 
 
@@ -30,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5, help="timings of each, of which the median counts")
     parser.add_argument("--file", type=Path, help="GGUF file to write, or to measure where it is there already")
+    parser.add_argument("--beside", metavar="PYTHON", help="an interpreter with llama-cpp-python, to be timed as well")
     parser.add_argument("--result", type=Path, default=RESULTS / "decode_latency.json")
     arguments = parser.parse_args(argv)
     settings = {name: value for name, value in vars(arguments).items() if not isinstance(value, Path | None)}
@@ -45,33 +50,68 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(arguments: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     import numpy as np
 
-    from model.export.gguf_chat import open_gguf
     from model.presets import preset
 
-    spec = preset(arguments.preset)
     path = arguments.file or scratch / "model.gguf"
     if not path.exists():
         started = time.perf_counter()
-        write_random(path, spec, arguments.precision, scratch)
+        write_random(path, preset(arguments.preset), arguments.precision, scratch)
         print(f"written in {time.perf_counter() - started:.1f} s, {path.stat().st_size / 1e6:.0f} MB", flush=True)
-    longest = max(arguments.prompt_tokens) + arguments.new_tokens
     rows, draw = [], np.random.default_rng(3)
-    with open_gguf(path, threads=arguments.threads, context_tokens=longest) as chat:
-        run(chat, draw.integers(4, 500, 16).tolist(), 4)
-        for count in arguments.prompt_tokens:
-            # Ids of the small tokenizer: which ones changes no arithmetic.
-            prompts = [draw.integers(4, 500, count).tolist() for _ in range(arguments.repeats)]
-            rows.append(row(arguments, path, count, [run(chat, prompt, arguments.new_tokens) for prompt in prompts]))
+    for count in arguments.prompt_tokens:
+        # Ids of the small tokenizer: which ones changes no arithmetic. The first prompt is a warm-up.
+        prompts = [draw.integers(4, 500, size).tolist() for size in (16, *[count] * arguments.repeats)]
+        for time_it in (by_xllamacpp, by_llama_cpp_python)[: 1 + (arguments.beside is not None)]:
+            rows.append(row(arguments, path, count, time_it(arguments, path, prompts)))
             print(rows[-1], flush=True)
     return rows
 
 
-def row(arguments: argparse.Namespace, path: Path, count: int, timings: list[dict[str, float]]) -> dict[str, Any]:
-    first = [round(timing["time_to_first_token_s"], 3) for timing in timings]
-    speed = [round(timing["tokens_per_s"], 2) for timing in timings]
+def by_xllamacpp(arguments: argparse.Namespace, path: Path, prompts: list[list[int]]) -> dict[str, Any]:
+    import importlib.metadata
+
+    import xllamacpp
+
+    from model.export.gguf_chat import open_gguf
+
+    with open_gguf(path, threads=arguments.threads, context_tokens=context_tokens(arguments, prompts)) as chat:
+        timings = [run(chat, prompt, arguments.new_tokens) for prompt in prompts][1:]
+    return {
+        "runtime": "llama.cpp in xllamacpp's wheel",
+        "versions": {
+            "xllamacpp": importlib.metadata.version("xllamacpp"),
+            "built for": xllamacpp.get_system_info().strip(" |"),
+        },
+        "peak_memory_bytes": peak_memory_bytes(),
+        "timings": timings,
+    }
+
+
+def by_llama_cpp_python(arguments: argparse.Namespace, path: Path, prompts: list[list[int]]) -> dict[str, Any]:
+    request = {
+        "path": str(path.resolve()),
+        "threads": arguments.threads,
+        "context_tokens": context_tokens(arguments, prompts),
+        "new_tokens": arguments.new_tokens,
+        "prompts": prompts,
+    }
+    script = Path(__file__).with_name("llama_cpp_python.py")
+    command = [arguments.beside, str(script)]
+    done = subprocess.run(command, input=json.dumps(request), stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def context_tokens(arguments: argparse.Namespace, prompts: list[list[int]]) -> int:
+    return max(map(len, prompts)) + arguments.new_tokens
+
+
+def row(arguments: argparse.Namespace, path: Path, count: int, found: dict[str, Any]) -> dict[str, Any]:
+    first = [round(timing["time_to_first_token_s"], 3) for timing in found["timings"]]
+    speed = [round(timing["tokens_per_s"], 2) for timing in found["timings"]]
     return {
         "model": f"{arguments.preset}, random weights, {arguments.precision.upper()}",
-        "runtime": "llama.cpp in xllamacpp's wheel",
+        "runtime": found["runtime"],
+        "versions": found["versions"],
         "prompt_tokens": count,
         "new_tokens": arguments.new_tokens,
         "threads": arguments.threads,
@@ -80,7 +120,7 @@ def row(arguments: argparse.Namespace, path: Path, count: int, timings: list[dic
         "time_to_first_token_s_all": first,
         "tokens_per_s": statistics.median(speed),
         "tokens_per_s_all": speed,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": found["peak_memory_bytes"],
     }
 
 

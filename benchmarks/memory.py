@@ -25,7 +25,7 @@ DOCUMENT_TOKENS = 700
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--preset", nargs="+", default=["hybrid_1b3", "chimera_700m", "helix_900m"])
-    parser.add_argument("--micro-batch-size", type=int, nargs="+", default=[2, 8])
+    parser.add_argument("--micro-batch-size", type=int, nargs="+", default=[8])
     parser.add_argument("--seq-len", type=int, nargs="+", default=[4096])
     parser.add_argument("--precision", choices=["bf16", "fp8"], nargs="+", default=["bf16"])
     parser.add_argument("--residual", choices=["fp32", "bf16"], default="bf16", help="a recipe's pretrain.residual")
@@ -73,7 +73,7 @@ def measured(arguments: argparse.Namespace, preset: str, precision: str) -> Iter
     shapes = sorted((rows, length) for rows in arguments.micro_batch_size for length in arguments.seq_len)
     options = argparse.Namespace(
         preset=preset, precision=precision, residual=arguments.residual, backend=arguments.backend, eager=False,
-        micro_batch_size=shapes[0][0], seq_len=shapes[0][1],
+        micro_batch_size=shapes[0][0], micro_batches=1, seq_len=shapes[0][1],
     )  # fmt: skip
     torch.manual_seed(0)
     _, model = our_model(options)
@@ -82,6 +82,18 @@ def measured(arguments: argparse.Namespace, preset: str, precision: str) -> Iter
         for document_tokens in (None,) if arguments.dense else (None, DOCUMENT_TOKENS):
             batch = random_batch(options, model.config.vocab_size, document_tokens)
             yield row(arguments, options, document_tokens, engine, batch)
+    release(engine)
+
+
+def release(engine: Any) -> None:
+    """Give the bytes of weights, gradients and moments back: DeepSpeed's hooks keep a model that nobody else holds."""
+    optimizer = engine.optimizer
+    held = [*engine.model.parameters(), *(weight for group in optimizer.param_groups for weight in group["params"])]
+    held += [part for state in optimizer.state.values() for part in state.values() if hasattr(part, "untyped_storage")]
+    for tensor in held:
+        for part in (tensor, tensor.grad):
+            if part is not None:
+                part.untyped_storage().resize_(0)
 
 
 def row(

@@ -181,7 +181,7 @@ def median_ms(call: Callable[[], Any], repeats: int) -> float:
 
 def plans(base: Any) -> dict[str, Any]:
     """The shipped plan and others that change one kernel each, by name."""
-    from model.kernels.ssd_triton import Tiles
+    from model.kernels.tiles import Tiles
 
     found = {"shipped": base}
     for kernel, warps, stages in [

@@ -3,7 +3,8 @@ where the time goes by kind of kernel; beside it transformers' GraniteMoeHybrid 
 
     python benchmarks/throughput.py --preset hybrid_1b3 --micro-batch-size 8 --yardstick --breakdown
 
-A step is forward, backward, clipping and fused AdamW, with its one read of the gradient norm. Both sides take random
+A step is forward and backward of each of its ``--micro-batches``, clipping and fused AdamW, with its one read of the
+gradient norm; ``fwd_bwd`` is one micro-batch alone. ``tokens_per_s`` counts all of them. Both sides take random
 tokens, fp32 parameters and bf16 autocast; the yardstick runs as the library ships it, so without compilation, and
 without the output gate that it lacks. MFU counts the hybrid's own FLOPs and divides by ``peak_flops``, the dense bf16
 peak of the vendor's data sheet, in fp8 too.
@@ -34,6 +35,7 @@ KERNEL_CLASSES = {
     "attention": ("sdpa", "fmha", "flash", "attention"),
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "xmma", "scaled_mm"),
     "optimizer and clipping": ("adam", "multi_tensor", "lpnorm"),
+    "8-bit casts": ("cast_kernel", "scale_kernel"),
     "fused elementwise": ("triton",),
 }
 """Kinds of kernel by parts of their names; the first that fits counts, and what fits none is ``other``."""
@@ -45,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", default="hybrid_1b3")
     parser.add_argument("--micro-batch-size", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=4096)
+    parser.add_argument("--micro-batches", type=int, default=1, help="forward and backward passes of a step")
     parser.add_argument("--steps", type=int, default=8, help="steps measured")
     parser.add_argument("--warm-up", type=int, default=3, help="steps before, compilation included")
     parser.add_argument("--precision", choices=["bf16", "fp8", "fp8_torchao"], default="bf16")
@@ -81,7 +84,8 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[d
         torch.manual_seed(0)
         name, model = build(arguments)
         for scope, document_tokens, step in scopes(model, arguments):
-            rows.append(row(arguments, name, scope, step) | {"document_tokens": document_tokens})
+            micro_batches = arguments.micro_batches if scope == "step" else 1
+            rows.append(row(arguments, name, scope, micro_batches, step) | {"document_tokens": document_tokens})
             print(rows[-1], flush=True)
             if arguments.breakdown and scope == "step" and document_tokens is None:
                 shares += breakdown(name, step, arguments.kernels)
@@ -108,7 +112,8 @@ def scopes(model: Any, arguments: argparse.Namespace) -> Iterator[tuple[str, int
     engine = engine_of(model, arguments)
 
     def step(batch: dict[str, Any]) -> None:
-        engine.accumulate(batch, n_tokens)
+        for _ in range(arguments.micro_batches):
+            engine.accumulate(batch, n_tokens * arguments.micro_batches)
         require_taken(engine.step(1e-4, refuse_nonfinite))
 
     yield "step", None, lambda: step(dense)
@@ -139,7 +144,7 @@ def engine_of(model: Any, arguments: argparse.Namespace) -> Any:
 
     config = ds_config.engine_config(
         ds_config.engine_facts("zero1"),
-        global_batch_size=arguments.micro_batch_size,
+        global_batch_size=arguments.micro_batch_size * arguments.micro_batches,
         micro_batch_size=arguments.micro_batch_size,
         world_size=1,
         max_grad_norm=1.0,
@@ -243,7 +248,9 @@ def random_batch(arguments: argparse.Namespace, vocab_size: int, document_tokens
     return batch
 
 
-def row(arguments: argparse.Namespace, name: str, scope: str, step: Callable[[], None]) -> dict[str, Any]:
+def row(
+    arguments: argparse.Namespace, name: str, scope: str, micro_batches: int, step: Callable[[], None]
+) -> dict[str, Any]:
     """Time ``step`` and say how fast it is, in the words of every throughput row."""
     import torch
 
@@ -262,7 +269,7 @@ def row(arguments: argparse.Namespace, name: str, scope: str, step: Callable[[],
         step()
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - started) / arguments.steps
-    tokens_per_s = arguments.micro_batch_size * arguments.seq_len / seconds
+    tokens_per_s = micro_batches * arguments.micro_batch_size * arguments.seq_len / seconds
     peak = peak_flops(torch.cuda.get_device_name())
     flops = tokens_per_s * training_flops_per_token(preset(arguments.preset), arguments.seq_len)
     return {
@@ -272,6 +279,7 @@ def row(arguments: argparse.Namespace, name: str, scope: str, step: Callable[[],
         "precision": arguments.precision if name == "pedigree" else "bf16",
         "tokens_per_s": round(tokens_per_s),
         "micro_batch_size": arguments.micro_batch_size,
+        "micro_batches": micro_batches,
         "seq_len": arguments.seq_len,
         "peak_bytes": torch.cuda.max_memory_allocated(),
         "residual": arguments.residual if name == "pedigree" else "fp32",
@@ -282,8 +290,9 @@ def row(arguments: argparse.Namespace, name: str, scope: str, step: Callable[[],
 
 
 def breakdown(name: str, step: Callable[[], None], kernels: int) -> list[dict[str, Any]]:
-    """Milliseconds of one step by kind of kernel, most first."""
+    """Milliseconds of one step by kind of kernel, most first, and of no kernel at all (``idle``)."""
     import torch
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -296,11 +305,22 @@ def breakdown(name: str, step: Callable[[], None], kernels: int) -> list[dict[st
         single[f"x{event.count} [{kernel_class(event.key)}] {event.key[:120]}"] += event.self_device_time_total
     for kernel, us in single.most_common(kernels):
         print(f"{us / 1e3:9.2f} ms {kernel}")
+    kernel_times = [event.time_range for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    spent["idle"] = round(idle_us([(time.start, time.end) for time in kernel_times]))
     total = sum(spent.values())
     return [
         {"implementation": name, "kernels": kind, "ms": round(us / 1e3, 2), "share": round(us / total, 4)}
         for kind, us in spent.most_common()
     ]
+
+
+def idle_us(spans: Sequence[tuple[float, float]]) -> float:
+    """Microseconds between the first start and the last end of ``spans`` (start, end) that none of them covers."""
+    idle, until = 0.0, math.inf
+    for start, end in sorted(spans):
+        idle += max(0.0, start - until)
+        until = end if until == math.inf else max(until, end)
+    return idle
 
 
 def kernel_class(kernel: str) -> str:

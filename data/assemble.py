@@ -26,15 +26,15 @@ Rows = Callable[[Path], Iterator[dict[str, Any]]]
 
 @dataclasses.dataclass
 class Tally:
-    """Documents and UTF-8 bytes of text."""
+    """Documents and UTF-8 bytes."""
 
     documents: int = 0
     bytes: int = 0
 
-    def add(self, text: str) -> None:
-        """Count one document."""
+    def add(self, row: dict[str, Any]) -> None:
+        """Count one document; of one that could not be used, the bytes that were read in its place."""
         self.documents += 1
-        self.bytes += len(text.encode())
+        self.bytes += row["metadata"].get("bytes") or len(row["text"].encode())
 
 
 @dataclasses.dataclass
@@ -71,7 +71,7 @@ class Funnel:
         """Count a dropped document; the first few of a source and rule are shown."""
         source = row["metadata"]["source"]
         tally = self.dropped[source][rule]
-        tally.add(row["text"])
+        tally.add(row)
         if tally.documents <= SAMPLES:
             sample = {"source": source, "rule": rule, "origin": row["metadata"]["origin"]}
             sample["text"] = row["text"][:SAMPLE_CHARACTERS]
@@ -122,7 +122,7 @@ def write_corpus(
     raw, survivors, dropped = folders
     funnel = Funnel(sources)
     for row in _rows(raw, read_rows):
-        funnel.read[row["metadata"]["source"]].add(row["text"])
+        funnel.read[row["metadata"]["source"]].add(row)
     for folder in dropped:
         for row in _rows(folder, read_rows):
             metadata = row["metadata"]
@@ -173,7 +173,7 @@ def _write_documents(
             writers[name, side].write(
                 {"id": one, "text": row["text"], "source": name, "language": languages[name], "title": title}
             )
-            funnel.kept[name][side].add(row["text"])
+            funnel.kept[name][side].add(row)
 
 
 def _describe(source: Source, funnel: Funnel) -> dict[str, Any]:

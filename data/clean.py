@@ -37,7 +37,7 @@ from data.clean_form import Form
 from data.clean_lines import RANGES, CountLines, FindRepeated, repeated_lines
 from data.rules import WORDS, Content, SourceRules
 from data.source_config import DedupConfig, Source
-from data.sources import RawDocument, read_source
+from data.sources import RawDocument, look_at, read_source
 from data.words import WordRuns
 
 SHARD_BYTES = 4_000_000
@@ -126,6 +126,9 @@ def ingest(sources: Sequence[Source], cache: Path, folder: Path, say: Callable[[
         partial_folder = folder.with_suffix(".partial")
         shutil.rmtree(partial_folder, ignore_errors=True)
         partial_folder.mkdir(parents=True)
+        for source in sources:
+            # One that cannot be read as configured is told before the others are read for nothing.
+            look_at(read_source(source, cache))
         number = 0
         for order, source in enumerate(sources):
             for shard in _shards(_documents(source, order, cache, say)):
@@ -139,7 +142,7 @@ def _documents(source: Source, order: int, cache: Path, say: Callable[[str], Non
     for raw in read_source(source, cache, say):
         metadata = {"source": source.name, "order": order, "title": raw.title, "origin": raw.origin}
         if fault := raw.fault or _fault(raw):
-            metadata |= {"fault": fault, "detail": raw.detail} if raw.detail else {"fault": fault}
+            metadata |= {"fault": fault, "bytes": raw.read_bytes, **({"detail": raw.detail} if raw.detail else {})}
         text = "" if fault else raw.text
         yield json.dumps({"text": text, "id": raw.origin, "metadata": metadata}, ensure_ascii=True).encode() + b"\n"
 

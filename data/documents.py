@@ -22,7 +22,8 @@ class SourceError(ValueError):
 class RawDocument:
     """One document as read: ``origin`` says where from; a ``fault`` (rule name) means that it cannot be used.
 
-    ``detail`` says what was found where the fault's name alone does not.
+    ``detail`` says what was found where the fault's name alone does not, ``size`` how many bytes were read that gave
+    no text.
     """
 
     text: str
@@ -30,6 +31,12 @@ class RawDocument:
     title: str | None = None
     fault: str | None = None
     detail: str = ""
+    size: int = 0
+
+    @property
+    def read_bytes(self) -> int:
+        """UTF-8 bytes of the text, or of what was read in its place."""
+        return self.size or len(self.text.encode("utf-8", "surrogatepass"))
 
 
 def rows_as_documents(source: SourceBase, rows: Iterable[Any], origin: str) -> Iterator[RawDocument]:
@@ -92,10 +99,10 @@ def limited(source: SourceBase, text: str, where: str, title: str | None = None)
     return RawDocument(text, where, title)
 
 
-def too_large(source: SourceBase, where: str, size: int | None) -> RawDocument:
-    """What stands for a document of ``size`` bytes (None: unknown), which is longer than its source allows."""
-    limit = f"more than max_document_bytes {source.max_document_bytes:,}"
-    return RawDocument("", where, fault="too_large", detail=limit if size is None else f"{size:,} bytes, {limit}")
+def too_large(source: SourceBase, where: str, size: int) -> RawDocument:
+    """What stands for a document of ``size`` bytes, which is longer than its source allows."""
+    detail = f"{size:,} bytes, more than max_document_bytes {source.max_document_bytes:,}"
+    return RawDocument("", where, fault="too_large", detail=detail, size=size)
 
 
 def _missing_field(source: SourceBase, row: Any, field: str, where: str) -> SourceError:

@@ -167,7 +167,7 @@ def _check_hash(package: Package, wheel: Path) -> None:
     if digest != package.sha256:
         raise FetchError(
             f"package {package.name}=={package.version}: {wheel.name} must have sha256 {package.sha256}; got {digest}; "
-            "do not use it unless you know why it changed, then set the new sha256 in the recipe"
+            "set that one in the recipe if you know why it changed"
         )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from data.catalogs import message_documents, read_catalog
-from data.compressed import UnreadableFile, bounded_lines, plain_suffix, read_bounded
+from data.compressed import UnreadableFile, bounded_lines, plain_suffix, read_bounded, read_chunks
 from data.documents import RawDocument, row_as_document, rows_as_documents, too_large
 from data.rows import template_fields
 from data.source_config import FileReading, SourceBase
@@ -46,11 +47,11 @@ def read_file(source: FileReading, path: Path, name: str) -> Iterator[RawDocumen
 def _read_text(source: FileReading, path: Path, name: str) -> RawDocument:
     content = read_bounded(path, source.max_document_bytes)
     if content is None:
-        return too_large(source, name, None)
+        return too_large(source, name, sum(len(chunk) for chunk in read_chunks(path)))
     try:
         return RawDocument(content.decode("utf-8-sig"), name, title=name)
     except UnicodeDecodeError as error:
-        return RawDocument("", name, fault="invalid_utf8", detail=_bad_byte(error))
+        return RawDocument("", name, fault="invalid_utf8", detail=_bad_byte(error), size=len(content))
 
 
 def _read_blocks(source: FileReading, path: Path, name: str) -> Iterator[RawDocument]:
@@ -90,7 +91,7 @@ class _Block:
         try:
             yield RawDocument(b"\n".join(self._lines).decode(), where)
         except UnicodeDecodeError as error:
-            yield RawDocument("", where, fault="invalid_utf8", detail=_bad_byte(error))
+            yield RawDocument("", where, fault="invalid_utf8", detail=_bad_byte(error), size=self.size - 1)
 
 
 def _is_blank(line: bytes) -> bool:
@@ -112,9 +113,10 @@ def _read_jsonl(source: FileReading, path: Path, name: str) -> Iterator[RawDocum
         elif line.strip():
             row, fault, detail = _parse_json(line)
             if fault:
-                yield RawDocument("", where, fault=fault, detail=detail)
+                yield RawDocument("", where, fault=fault, detail=detail, size=size)
                 continue
-            yield row_as_document(source, row, where, first=first)
+            document = row_as_document(source, row, where, first=first)
+            yield document if document.text else dataclasses.replace(document, size=size)
             first = False
 
 
@@ -127,7 +129,7 @@ def _read_json(source: FileReading, path: Path, name: str) -> Iterator[RawDocume
         )
     content, fault, detail = _parse_json(data)
     if fault:
-        yield RawDocument("", name, fault=fault, detail=detail)
+        yield RawDocument("", name, fault=fault, detail=detail, size=len(data))
         return
     if isinstance(content, dict):
         rows = list(content.values())
@@ -176,10 +178,10 @@ def _read_gettext(source: FileReading, path: Path, name: str) -> Iterator[RawDoc
     try:
         messages = [translation for _, translation in read_catalog(path)]
     except UnicodeDecodeError:
-        yield RawDocument("", name, fault="invalid_utf8")
+        yield RawDocument("", name, fault="invalid_utf8", size=path.stat().st_size)
         return
     except ValueError:
-        yield RawDocument("", name, fault="invalid_catalog")
+        yield RawDocument("", name, fault="invalid_catalog", size=path.stat().st_size)
         return
     documents = message_documents(messages, source.message_min_words, source.message_document_bytes)
     for number, text in enumerate(documents, start=1):

@@ -31,6 +31,7 @@ SAMPLE_BYTES = 20_000
 Group = tuple[str, str, str]
 """Kind, language, and the field that holds the text."""
 SAMPLE_ROWS = 20
+PARQUET_ROWS = 1024
 # A text file larger than this is taken for a collection of documents between blank lines, not for one document.
 COLLECTION_BYTES = 200_000
 # A source must keep some documents on both sides of the held-out split; a stray file is no source of its own.
@@ -101,7 +102,7 @@ def read_directory(directory: Path) -> OwnText:
         except UnicodeDecodeError as error:
             left_out[name] = f"not UTF-8: byte {error.object[error.start]:#x}"
         except UnreadableFile as error:
-            raise SourceError("data", "path", f"{path} is damaged ({error}); fetch it again or move it") from error
+            raise _damaged(path, error) from error
     joined = _joined(groups)
     counted = _counted(directory, joined, left_out)
     kept = {group: files for group, files in sorted(joined.items()) if counted is None or group in counted}
@@ -138,7 +139,7 @@ def _counted(
         return None
     kept = {}
     for group, files in groups.items():
-        found = [_count(directory / file, group[0], group[2]) for file in files]
+        found = [_counted_file(directory / file, group) for file in files]
         documents = sum(number for number, _ in found)
         if documents < MIN_DOCUMENTS:
             why = f"{documents} document{'s' * (documents != 1)} of its kind, a source needs {MIN_DOCUMENTS}"
@@ -148,13 +149,22 @@ def _counted(
     return kept
 
 
+def _counted_file(path: Path, group: Group) -> tuple[int, int]:
+    try:
+        return _count(path, group[0], group[2])
+    except UnreadableFile as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: UnreadableFile) -> SourceError:
+    return SourceError("data", "path", f"{path} is damaged ({error}); fetch it again or move it")
+
+
 def _count(path: Path, kind: str, field: str) -> tuple[int, int]:
     """Documents and bytes of one file; a row counts where ``field`` holds text."""
     if kind == "rows" and path.suffix == ".parquet":
-        from pyarrow import parquet
-
-        with parquet.ParquetFile(path) as file:
-            return file.metadata.num_rows, path.stat().st_size
+        texts = [row.get(field) for batch in _parquet_batches(path, [field]) for row in batch]
+        return sum(isinstance(text, str | bytes) and bool(text.strip()) for text in texts), path.stat().st_size
     if kind == "rows":
         rows = [(line.size, _text_of(line.content, field)) for line in bounded_lines(path, MAX_ROW_BYTES)]
         return sum(bool(text) for _, text in rows), sum(size for size, text in rows if text)
@@ -262,16 +272,26 @@ def _row_language_and_field(rows: list[dict[str, Any]]) -> tuple[str, str]:
 def _first_rows(path: Path) -> list[dict[str, Any]]:
     """The first readable rows; empty when there are none."""
     if path.suffix == ".parquet":
-        from pyarrow import parquet
-
-        try:
-            with parquet.ParquetFile(path) as file:
-                return next(file.iter_batches(batch_size=SAMPLE_ROWS)).to_pylist() if file.metadata.num_rows else []
-        except (OSError, ValueError) as error:
-            raise UnreadableFile(" ".join(str(error).split())) from error
+        return next(_parquet_batches(path, None, SAMPLE_ROWS), [])
     lines = (line.content for line in itertools.islice(bounded_lines(path, MAX_ROW_BYTES), SAMPLE_ROWS))
     rows = (_parsed(line) for line in lines if line is not None)
     return [row for row in rows if isinstance(row, dict)]
+
+
+def _parquet_batches(path: Path, columns: list[str] | None, rows: int = PARQUET_ROWS) -> Iterator[list[dict[str, Any]]]:
+    """Rows of a Parquet file, some at a time, its pages held against their checksums where they have any.
+
+    Raises ``UnreadableFile``.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(batch_size=rows, columns=columns):
+                yield batch.to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UnreadableFile(" ".join(str(error).split())) from error
 
 
 def _parsed(line: bytes) -> Any:

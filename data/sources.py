@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,16 @@ from data.hub import HubError, hub_rows
 from data.source_config import FileSource, FilesSource, HubSource, PackageSource, Source
 
 __all__ = [
-    "RawDocument", "SourceError", "check_files", "matching_files", "read_source", "row_as_document",
-    "rows_as_documents", "source_revision",
+    "RawDocument", "SourceError", "check_files", "check_source", "look_at", "matching_files", "read_source",
+    "row_as_document", "rows_as_documents", "source_revision",
 ]  # fmt: skip
 
 _SHOWN_FILES = 3
+_LOOKED_AT_FILES, _LOOKED_AT_ROWS = 8, 20
+_LARGE_JSON_BYTES = 32_000_000
+"""A larger ``.json`` file, which is parsed as a whole, costs more than a look."""
+_NO_ROW = {"invalid_utf8", "invalid_json", "too_large"}
+"""Faults of what could not be read as a row, so that the next one is the first."""
 
 
 def read_source(source: Source, cache: Path, say: Callable[[str], None] = lambda line: None) -> Iterator[RawDocument]:
@@ -108,6 +114,25 @@ def check_files(source: FilesSource) -> None:
         raise SourceError(source.name, "filters", reason)
 
 
+def check_source(source: FilesSource) -> None:
+    """As ``check_files``, and refuse a template, title or filter that the first row of one of the first files lacks.
+
+    Raises ``SourceError``, which says what fields the row has.
+    """
+    check_files(source)
+    root = Path(source.path)
+    rows = [path for path in matching_files(source, root) if file_format(source, path) in ROW_FORMATS]
+    for path in rows[:_LOOKED_AT_FILES]:
+        if file_format(source, path) != "json" or path.stat().st_size <= _LARGE_JSON_BYTES:
+            look_at(_read_one(source, path, _relative(path, root)))
+
+
+def look_at(documents: Iterable[RawDocument]) -> None:
+    """Read up to the first row, if one of the first few documents is one, so that what it does not fit is told."""
+    first = itertools.islice(documents, _LOOKED_AT_ROWS)
+    next((document for document in first if document.fault not in _NO_ROW), None)
+
+
 def _hub_rows(source: HubSource, cache: Path) -> Iterator[Mapping[str, Any]]:
     rows = hub_rows(
         source.repository, source.revision, source.subset, source.hub_split,
@@ -121,16 +146,20 @@ def _hub_rows(source: HubSource, cache: Path) -> Iterator[Mapping[str, Any]]:
 
 def _read_files(source: FileSource, root: Path) -> Iterator[RawDocument]:
     for path in matching_files(source, root):
-        name, count = _relative(path, root), 0
-        try:
-            for document in read_file(source, path, name):
-                yield document
-                count += 1
-        except UnreadableFile as error:
-            field = "path" if isinstance(source, FilesSource) else "include"
-            reason = f"must name whole files; got {name}, which cannot be read beyond its first {count} documents"
-            reason += f" ({error}); fetch it again or exclude it"
-            raise SourceError(source.name, field, reason) from error
+        yield from _read_one(source, path, _relative(path, root))
+
+
+def _read_one(source: FileSource, path: Path, name: str) -> Iterator[RawDocument]:
+    count = 0
+    try:
+        for document in read_file(source, path, name):
+            yield document
+            count += 1
+    except UnreadableFile as error:
+        field = "path" if isinstance(source, FilesSource) else "include"
+        reason = f"must name whole files; got {name}, which cannot be read beyond its first {count} documents"
+        reason += f" ({error}); fetch it again or exclude it"
+        raise SourceError(source.name, field, reason) from error
 
 
 def _relative(path: Path, root: Path) -> str:

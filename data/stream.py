@@ -47,6 +47,7 @@ class StreamLoader:
         global_batch_size: rows an optimizer step, over all ranks and micro-steps.
         seed: of the order.
         mixture: what shares are asked for, step by step; without weights there must be one source.
+        passes: how often sources may be read, over what the stream was frozen with; no row before an end depends on it.
         stage: name of the stage that froze the stream, by which its fields are told.
         cache: folder for what the hub's client keeps.
         say: receives a line when a pass of a source ends.
@@ -63,6 +64,7 @@ class StreamLoader:
         global_batch_size: int,
         seed: int,
         mixture: Mixture | None = None,
+        passes: Mapping[str, int] | None = None,
         stage: str = "stream",
         cache: Path | None = None,
         say: Callable[[str], None] = lambda line: None,
@@ -72,7 +74,8 @@ class StreamLoader:
         facts = json.loads((self.info.directory / STREAM_FILE).read_text(encoding="utf-8"))
         self.settings, self.mixture = StreamSettings.model_validate(facts["settings"]), mixture or Mixture()
         self._seed, self._stage, self._cache, self._say = seed, stage, cache, say
-        self._check(facts)
+        self._check(facts, passes or {})
+        self._passes = self.settings.passes | dict(passes or {})
         one_each = {source.name: 1 for source in self.settings.sources}
         self.phase_shares = self.mixture.shares(self.info.sources, one_each, seq_len * global_batch_size)
         self._names = [name for name in one_each if any(phase[name] for phase in self.phase_shares)]
@@ -129,7 +132,7 @@ class StreamLoader:
                 "share_asked": asked[name],
                 "share_realised": count / total,
                 "tokens": float(count * self.seq_len),
-                "passes": float(self.settings.passes.get(name, 1)),
+                "passes": float(self._passes.get(name, 1)),
             }
             for name, count in zip(self._names, counts, strict=True)
         }
@@ -155,15 +158,19 @@ class StreamLoader:
                 found[name].update(source.dropped)
         return {name: dict(counts) for name, counts in found.items()}
 
-    def _check(self, facts: Mapping[str, Any]) -> None:
+    def _check(self, facts: Mapping[str, Any], passes: Mapping[str, int]) -> None:
         mixture = self.mixture
         capped = mixture.cap_epochs is not None
-        faults = list(self.settings.unfit(self.global_batch_size, mixture.weights is not None, capped))
-        for source in self.settings.sources:
+        faults = list(self.settings.unfit(self.global_batch_size, mixture.weights is not None, capped, passes))
+        changed = [
+            source.name
+            for source in self.settings.sources
             # A hub's data set is pinned by its revision.
-            if isinstance(source, FilesSource) and source_revision(source) != facts["revisions"][source.name]:
-                message = f"must read the files that source {source.name} had when it was frozen; they changed"
-                faults.append(("data", f"{message}; restore them or run the stream stage again"))
+            if isinstance(source, FilesSource) and source_revision(source) != facts["revisions"][source.name]
+        ]
+        if changed:
+            message = f"must read the files that the stream was frozen with; those of {', '.join(changed)} changed"
+            faults.append(("data", f"{message}; restore them or run the stage {self._stage} again"))
         if faults:
             raise DataError(faults)
 
@@ -193,7 +200,7 @@ class StreamLoader:
         step = number // self.global_batch_size
         name = self._names[owner]
         if self.settings.on_end == "fail":
-            raise DataError([("data", self._ended(name, step))])
+            raise DataError([(f"passes.{name}", self._ended(lane, name, step))])
         phase = max(i for i, phase in enumerate(self.mixture.phases) if phase.from_step <= step)
         shares = self.phase_shares[phase]
         while live := [one for one in self._names if shares[one] and not lane.sources[one].place.ended]:
@@ -202,18 +209,27 @@ class StreamLoader:
             chosen = live[int(np.searchsorted(weights, draw, side="right").clip(max=len(live) - 1))]
             if (row := lane.sources[chosen].row(self.seq_len)) is not None:
                 return row
-        raise DataError([("max_steps", f"must end before the stream does; every source has ended at step {step}")])
-
-    def _ended(self, name: str, step: int) -> str:
-        passes = self.settings.passes.get(name, 1)
-        return (
-            f"must last as long as the run; source {name} ended at step {step}, its passes ({passes}) done; raise "
-            f"{self._stage}.passes.{name}, set {self._stage}.on_end: drop, lower mixture or max_steps, or add text"
+        message = (
+            f"must be at most {step}: every source with a share has ended there in {self._place_of(lane)}; set it to "
+            f"{step}; more {self._stage}.passes or text would be another stream, on which the run begins anew"
         )
+        raise DataError([("max_steps", message)])
+
+    def _ended(self, lane: _Lane, name: str, step: int) -> str:
+        return (
+            f"must be more than {self._passes.get(name, 1)}: source {name} ended at step {step} in "
+            f"{self._place_of(lane)}; raise it, and the run goes on from its newest checkpoint, or lower max_steps to "
+            f"{step}; {self._stage}.on_end: drop, or more text, would be another stream, on which it begins anew"
+        )
+
+    def _place_of(self, lane: _Lane) -> str:
+        """A lane for a person; with one of them there is nothing to tell apart."""
+        last = self.settings.lanes - 1
+        return f"lane {lane.number} (of 0 to {last}, each with its own part)" if last else "the stream's one lane"
 
     def _open_lane(self, index: int) -> _Lane:
         sources = {source.name: self._source_lane(source, index) for source in self.settings.sources}
-        lane = _Lane({name: sources[name] for name in self._names})
+        lane = _Lane(index, {name: sources[name] for name in self._names})
         if str(index) in self._restored:
             lane.restore(self._restored[str(index)])
         self._lanes[index] = lane
@@ -227,7 +243,7 @@ class StreamLoader:
             lanes=settings.lanes,
             encoder=self._encoder,
             window=settings.shuffle_documents,
-            passes=settings.passes.get(source.name, 1),
+            passes=self._passes.get(source.name, 1),
             key=self._seed,
             left_out=self._left_out,
             cache=self._cache,
@@ -245,8 +261,8 @@ class StreamLoader:
 class _Lane:
     """The sources of one lane, and how many rows it has given."""
 
-    def __init__(self, sources: dict[str, SourceLane]) -> None:
-        self.rows, self.sources = 0, sources
+    def __init__(self, number: int, sources: dict[str, SourceLane]) -> None:
+        self.number, self.rows, self.sources = number, 0, sources
 
     def position(self) -> dict[str, Any]:
         return {"rows": self.rows, "sources": {name: source.position() for name, source in self.sources.items()}}

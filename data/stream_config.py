@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
@@ -37,8 +37,10 @@ class StreamSettings(Section):
     on_end: Literal["fail", "drop"] = "fail"
     """After a source's last pass: ``fail`` ends the run with one line, ``drop`` gives its rows to the other sources."""
 
-    def unfit(self, global_batch_size: int, is_weighed: bool, is_capped: bool) -> Iterator[tuple[str, str]]:
-        """(field, message) of what a run asks of this stream that it does not fit."""
+    def unfit(
+        self, global_batch_size: int, is_weighed: bool, is_capped: bool, passes: Mapping[str, int]
+    ) -> Iterator[tuple[str, str]]:
+        """(field, message) of what a run asks of this stream that it does not fit; ``passes`` are the run's own."""
         if global_batch_size % self.lanes:
             message = f"must be a multiple of the stream's lanes {self.lanes}; got {global_batch_size}"
             yield "global_batch_size", f"{message}; set a multiple, or other lanes in the stream stage"
@@ -46,6 +48,13 @@ class StreamSettings(Section):
             yield "cap_epochs", "must be unset with a stream, whose length nobody knows; set passes there"
         if not is_weighed and len(self.sources) > 1:
             yield "mixture", "must weigh the sources of a stream, whose sizes nobody knows; got none; set it"
+        names = [source.name for source in self.sources]
+        if passes and self.on_end == "drop":
+            message = "must be left out where the stream drops what ends, since rows behind an end depend on it"
+            yield "passes", f"{message}; got {', '.join(passes)}; set the stream stage's own passes"
+        for name in passes:
+            if name not in names:
+                yield f"passes.{name}", f"must name one of the sources {', '.join(names)}; got {name}; rename it"
 
     def faults(self) -> Iterator[tuple[str, str]]:
         """(field, message) of what does not fit together."""

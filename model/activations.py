@@ -19,7 +19,7 @@ from model.spec import MixerSpec, ModelSpec
 
 LOSS_CHUNK_ELEMENTS = 2**22
 """Logits that the loss holds at a time, at least 64 tokens' worth."""
-KERNEL_CHUNK_ELEMENTS = 2**28
+KERNEL_CHUNK_ELEMENTS = 2**29
 """The same on a GPU."""
 
 
@@ -92,18 +92,18 @@ def _kept_in_bf16(inputs: int, *outputs: int) -> int:
 
 def _kept_in_fp8(inputs: int, *outputs: int) -> int:
     """An 8-bit copy for those that are large enough, a bf16 one for the others."""
-    fits = [min(inputs, n) >= FP8_SMALLEST and inputs % FP8_ALIGNMENT == n % FP8_ALIGNMENT == 0 for n in outputs]
+    fits = [min(inputs, n) >= FP8_SMALLEST and inputs % FP8_ALIGNMENT == 0 for n in outputs]
     return (any(fits) + BF16_BYTES * (not all(fits))) * inputs
 
 
 def _loss_bytes(spec: ModelSpec, tokens: int, dtype_bytes: int, path: Path) -> int:
     """The head's waiting fp32 gradient, and one chunk of logits: as computed, in fp32, and as error.
 
-    Kernels hold no fp32 logits, but a product's fp32 gradient beside the sum of them, and the head in half precision.
+    Kernels hold no fp32 logits, and the head in half precision; backward scales the waiting gradient into a new one.
     """
     head = spec.vocab_size * spec.d_model
     if not path.kernels:
         chunk = max(64 * spec.vocab_size, LOSS_CHUNK_ELEMENTS)
         return FP32_BYTES * head + chunk * (2 * dtype_bytes + FP32_BYTES)
     chunk = min(tokens * spec.vocab_size, KERNEL_CHUNK_ELEMENTS)
-    return (2 * FP32_BYTES + dtype_bytes) * head + 2 * dtype_bytes * chunk
+    return max((FP32_BYTES + dtype_bytes) * head + 2 * dtype_bytes * chunk, 2 * FP32_BYTES * head)

@@ -186,14 +186,19 @@ def gradient_bytes(spec: ModelSpec, *, zero_stage: int, world_size: int) -> int:
 def optimizer_bytes(
     spec: ModelSpec, *, zero_stage: int, world_size: int, offload: bool = False, optimizer: Optimizer = "adamw"
 ) -> int:
-    """State of ``optimizer``, one rank's share from ZeRO-1 on, and a master copy where DeepSpeed makes one.
+    """State of ``optimizer``, one rank's share from ZeRO-1 on, and a master copy where there is one.
 
-    DeepSpeed clones the partition it updates under ZeRO-1/2, although the weights are fp32 already; ZeRO-3 does so only
-    when the optimizer is off-loaded; ZeRO-0 updates the weights themselves.
+    DeepSpeed clones the partition it updates under ZeRO-1/2, although the weights are fp32 already, which is undone for
+    one rank under ZeRO-1; ZeRO-3 does so only when the optimizer is off-loaded; ZeRO-0 updates the weights themselves.
     """
-    master = zero_stage in (1, 2) or (zero_stage == 3 and offload)
+    master = offload if zero_stage == 3 else zero_stage > 0 and not _is_alone(zero_stage, world_size, offload)
     total = _state_bytes(spec, optimizer) + (FP32_BYTES * count_parameters(spec).total if master else 0)
     return _share(total, world_size) if zero_stage else total
+
+
+def _is_alone(zero_stage: int, world_size: int, offload: bool) -> bool:
+    """Whether ZeRO-1 has one rank and its GPU, so that weights are updated in place by gradients as they came."""
+    return zero_stage == 1 and world_size == 1 and not offload
 
 
 def _state_bytes(spec: ModelSpec, optimizer: Optimizer) -> int:
@@ -211,9 +216,11 @@ def _state_bytes(spec: ModelSpec, optimizer: Optimizer) -> int:
 
 
 def checkpoint_bytes(spec: ModelSpec, *, zero_stage: int, optimizer: Optimizer = "adamw") -> int:
-    """Engine state on disk for resume, all ranks together: the fp32 weights and the optimizer's state."""
-    states = optimizer_bytes(spec, zero_stage=zero_stage, world_size=1, optimizer=optimizer)
-    return FP32_BYTES * count_parameters(spec).total + states
+    """Engine state on disk for resume, all ranks together: the fp32 weights, the optimizer's state, and under ZeRO-1/2
+    the weights once more beside it, whether memory holds them twice or not.
+    """
+    weights = weights_file_bytes(spec)
+    return weights + _state_bytes(spec, optimizer) + (weights if zero_stage in (1, 2) else 0)
 
 
 def weights_file_bytes(spec: ModelSpec, dtype_bytes: int = FP32_BYTES) -> int:
@@ -253,10 +260,10 @@ def memory_per_gpu(
     moved = weights if offload and zero_stage == 3 else 0
     whole = MemoryEstimate(
         weights_bytes=weights - moved,
-        casts_bytes=_cast_bytes(spec, precision, path),
+        casts_bytes=_cast_bytes(spec, precision, path, kept=accumulation_steps != 1 and zero_stage < 3),
         gradients_bytes=0 if offload else gradients,
         optimizer_bytes=0 if offload else states,
-        buffers_bytes=_buffer_bytes(spec, zero_stage),
+        buffers_bytes=0 if _is_alone(zero_stage, world_size, offload) else _buffer_bytes(spec, zero_stage),
         activations_bytes=activation_bytes(spec, seq_len, micro_batch_size, activation_checkpointing, precision, path),
         host_bytes=moved + gradients + states if offload else 0,
     )
@@ -267,15 +274,19 @@ def memory_per_gpu(
     return max(before, after, key=lambda estimate: estimate.total_bytes)
 
 
-def _cast_bytes(spec: ModelSpec, precision: Precision, path: Path) -> int:
-    """On the kernel path the head's copy ends with the loss; in 8 bits a matrix is kept turned, else in bf16."""
+def _cast_bytes(spec: ModelSpec, precision: Precision, path: Path, *, kept: bool) -> int:
+    """On the kernel path the head's copy ends with the loss; in 8 bits a matrix is kept turned, else in bf16.
+
+    What is ``kept`` for all micro-batches of a step is kept both ways in 8 bits.
+    """
     if precision == "fp32":
         return 0
     if not path.kernels:
         return BF16_BYTES * matmul_parameters(spec)
     sizes = projections(spec)
     narrow = set(fp8_projections(sizes)) if precision == "fp8" else set()
-    return sum(d_in * d_out * (1 if name in narrow else BF16_BYTES) for name, (d_in, d_out) in sizes.items())
+    in_8_bits = 2 if kept else 1
+    return sum(d_in * d_out * (in_8_bits if name in narrow else BF16_BYTES) for name, (d_in, d_out) in sizes.items())
 
 
 def _buffer_bytes(spec: ModelSpec, zero_stage: int) -> int:

@@ -16,61 +16,99 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from model.layers import ResidualProjection
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 ALIGNMENT = 16
-"""What the tensor cores want rows, inputs and outputs to be multiples of."""
+"""What the tensor cores want sizes to be multiples of; outputs that are none are filled up with zeros."""
 SMALLEST = 1024
 """Inputs and outputs from which a layer's products gain more than its casts cost."""
 SMALLEST_AMAX = 1e-12
 """Below this a tensor counts as zero, so that its scale stays finite."""
+SEGMENT = 64
+"""Neighbours whose largest magnitude is sought first: a compiler's kernel does so at the speed of memory."""
 OPERATORS = re.sub(r"\W", "_", __name__)
 
 
-@torch.library.custom_op(f"{OPERATORS}::cast_both", mutates_args=())
-def cast_both(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """``x`` (M, K) scaled to fill ``dtype``: (M, K), turned (K, M), and the factor back (fp32, no dimension)."""
+def cast_both(x: Tensor, dtype: torch.dtype, *, by_rows: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """``x`` (M, K) scaled to fill ``dtype``: (M, K), turned (K, M), and the factor back (fp32, no dimension).
+
+    Both are filled up with zeros to the next multiples of 16. The largest magnitude of each row is left to a compiler,
+    which takes it in the pass that makes ``x``: reading ``x`` once more for it would cost half as much as the cast.
+    It can where that pass goes ``by_rows``, as a norm does, or else by neighbours; results are the same.
+    """
+    magnitudes = x.abs()
+    if not by_rows and x.shape[1] % SEGMENT == 0:
+        magnitudes = magnitudes.unflatten(-1, (-1, SEGMENT)).amax(-1)
+    narrow, turned, unscale = cast_by(x, magnitudes.amax(-1), dtype)
+    return narrow, turned, unscale
+
+
+@torch.library.custom_op(f"{OPERATORS}::cast_by", mutates_args=())
+def cast_by(x: Tensor, magnitudes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``cast_both`` gives, from ``x`` and the largest magnitude of each of its rows (M,).
+
+    Those are in x's dtype: a compiler takes them before ``x`` is rounded, and rounded alike they are those of ``x``.
+    """
     if x.is_cuda:
         kernels = importlib.import_module(".kernels.cast_triton", __package__)
-        narrow, turned, unscale = kernels.cast_both(x.contiguous(), dtype, SMALLEST_AMAX)
+        sizes = padded(x.shape[0]), padded(x.shape[1])
+        narrow, turned, unscale = kernels.cast_by(x.contiguous(), magnitudes, dtype, SMALLEST_AMAX, *sizes)
         return narrow, turned, unscale
     limit = torch.finfo(dtype).max
-    amax = x.abs().amax().float().clamp(min=SMALLEST_AMAX)
-    narrow = (x.float() * (limit / amax)).clamp(-limit, limit).to(dtype)
+    amax = magnitudes.amax().float().clamp(min=SMALLEST_AMAX)
+    (rows, columns), (wide_rows, wide_columns) = x.shape, map(padded, x.shape)
+    scaled = (x.float() * (limit / amax)).clamp(-limit, limit)
+    narrow = functional.pad(scaled, (0, wide_columns - columns, 0, wide_rows - rows)).to(dtype)
     return narrow, narrow.t().clone(memory_format=torch.contiguous_format), amax / limit
 
 
-@cast_both.register_fake
-def _cast_shapes(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    turned = x.new_empty(x.shape[::-1], dtype=dtype)
-    return x.new_empty(x.shape, dtype=dtype), turned, x.new_empty((), dtype=torch.float32)
+@cast_by.register_fake
+def _cast_shapes(x: Tensor, magnitudes: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = map(padded, x.shape)
+    narrow, turned = (x.new_empty(shape, dtype=dtype) for shape in ((rows, columns), (columns, rows)))
+    return narrow, turned, x.new_empty((), dtype=torch.float32)
+
+
+def padded(size: int) -> int:
+    """The next multiple of 16."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 class _Products(torch.autograd.Function):
     """y = x W^T, dx = dy W, dW = dy^T x, each of two operands in 8 bits."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        """``x`` (M, K) and ``weight`` (N, K) in one precision to (M, N) in it."""
-        x_narrow, x_turned, x_unscale = cast_both(x, FORWARD)
-        w_narrow, w_turned, w_unscale = cast_both(weight, FORWARD)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, w_narrow: Tensor, w_turned: Tensor, w_unscale: Tensor, after_norm: bool
+    ) -> Tensor:
+        """``x`` (M, K) to (M, N) in its precision by the cast of ``weight`` (N, K), whose gradient is as wide as it."""
+        x_narrow, x_turned, x_unscale = cast_both(x, FORWARD, by_rows=after_norm)
         ctx.save_for_backward(x_turned, w_turned, x_unscale, w_unscale)
-        return _product(x_narrow, w_narrow, x_unscale, w_unscale, x.dtype, fast=True)
+        ctx.weight_dtype, ctx.after_norm = weight.dtype, after_norm
+        return _product(x_narrow, w_narrow, x_unscale, w_unscale, x.dtype, fast=True)[:, : weight.shape[0]]
 
     @staticmethod
-    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients by both, summed without shortcuts."""
         x_turned, w_turned, x_unscale, w_unscale = ctx.saved_tensors
-        dtype = d_outputs[0].dtype
-        narrow, turned, unscale = cast_both(d_outputs[0], BACKWARD)
-        d_x = _product(narrow, w_turned, unscale, w_unscale, dtype, fast=False)
-        return d_x, _product(turned, x_turned, unscale, x_unscale, dtype, fast=False)
+        d_y = d_outputs[0]
+        narrow, turned, unscale = cast_both(d_y, BACKWARD, by_rows=not ctx.after_norm)
+        d_x = _product(narrow, w_turned, unscale, w_unscale, d_y.dtype, fast=False)
+        d_weight = _product(turned, x_turned, unscale, x_unscale, ctx.weight_dtype, fast=False)
+        return d_x, d_weight[: d_y.shape[1]], None, None, None, None
 
 
 class Float8Linear(nn.Linear):
     """A linear layer that trains by 8-bit products. Without gradients, and in evaluation, it is the layer it was."""
+
+    after_norm = True
+    """Whether a norm makes its input, as before a projection from the residual stream, or the gradient of its output,
+    as after one to it: which pass may take magnitudes by rows."""
+    kept: tuple[Tensor, Tensor, Tensor] | None = None
+    """The weight's cast, while ``keep_casts`` is in force."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) to (..., N), in autocast's dtype where that is on.
@@ -90,13 +128,36 @@ class Float8Linear(nn.Linear):
             )
         if x.is_cuda and narrow.itemsize != 2:
             raise ValueError(f"fp8 must train under autocast in half precision; got {narrow}; set precision: bf16")
-        y = _Products.apply(rows, self.weight.to(narrow))
+        y = _Products.apply(rows, self.weight, *(self.kept or self.cast(narrow)), self.after_norm)
         y = y if self.bias is None else y + self.bias.to(narrow)
         return y.unflatten(0, x.shape[:-1])
+
+    def cast(self, narrow: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """The weight in 8 bits, rounded to ``narrow`` before."""
+        return cast_both(self.weight.detach().to(narrow), FORWARD)
+
+
+def keep_casts(model: nn.Module, narrow: torch.dtype) -> None:
+    """Cast all weights once for the calls until ``drop_casts``, which must come before any weight changes.
+
+    Two bytes a weight, for a step of several micro-batches, which would each cast them anew.
+    """
+    for module in model.modules():
+        if isinstance(module, Float8Linear) and module.kept is None:
+            module.kept = module.cast(narrow)
+
+
+def drop_casts(model: nn.Module) -> None:
+    """Let every call cast its weight again."""
+    for module in model.modules():
+        if isinstance(module, Float8Linear):
+            module.kept = None
 
 
 class Float8ResidualProjection(Float8Linear, ResidualProjection):
     """A projection to the residual stream, in 8 bits."""
+
+    after_norm = False
 
 
 TAKEN: dict[type[nn.Linear], type[nn.Linear]] = {nn.Linear: Float8Linear, ResidualProjection: Float8ResidualProjection}
@@ -105,7 +166,7 @@ TAKEN: dict[type[nn.Linear], type[nn.Linear]] = {nn.Linear: Float8Linear, Residu
 
 def takes(inputs: int, outputs: int) -> bool:
     """Whether a layer of these sizes is worth 8 bits and can be had in them."""
-    return min(inputs, outputs) >= SMALLEST and inputs % ALIGNMENT == outputs % ALIGNMENT == 0
+    return min(inputs, outputs) >= SMALLEST and inputs % ALIGNMENT == 0
 
 
 def convert_to_fp8(blocks: nn.Module) -> list[str]:

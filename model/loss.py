@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
 """The label of a token that is not scored."""
-CHUNK_ELEMENTS = {"cuda": 2**28}
+CHUNK_ELEMENTS = {"cuda": 2**29}
 """Logits held at a time, by kind of device: large products where they run fast, and little memory elsewhere."""
 FEWEST_ELEMENTS = 2**22
 Errors = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -118,7 +118,8 @@ def _loss_and_gradients(
 def _add_product(total: Tensor, error: Tensor, rows: Tensor) -> None:
     """total += error^T rows, without rounding the product to half precision where the device can do without."""
     if error.is_cuda and error.dtype != total.dtype:
-        total += torch.mm(error.T, rows, out_dtype=total.dtype)
+        # The product adds to the sum itself, which a separate addition would read and write once more.
+        torch.addmm(total, error.T, rows, out_dtype=total.dtype, out=total)
     else:
         total += error.T @ rows
 

@@ -14,10 +14,14 @@ from model.spec import AttentionSpec, GLASpec, Mamba2Spec
 
 FP32_BYTES = 4
 BF16_BYTES = 2
-PREFERRED = {"mamba2": ("triton", "mamba_ssm"), "gla": ("fla",), "attention": ("varlen", "flex", "sdpa_cudnn")}
+PREFERRED = {
+    "mamba2": ("triton", "mamba_ssm"),
+    "gla": ("triton", "fla"),
+    "attention": ("varlen", "flex", "sdpa_cudnn"),
+}
 """Kernels by mixer, those that ``auto`` prefers first; of attention's, those that take packed rows."""
 GLA_CHUNK = 64
-"""Tokens a chunk of GLA's kernel."""
+"""Tokens a chunk of GLA's kernels."""
 GLA_BLOCK = 1
 """Tokens a block at the diagonal of GLA's scores: the halving goes down to single tokens."""
 
@@ -168,13 +172,15 @@ class GLACost:
         return dtype_bytes * cast + FP32_BYTES * wide
 
     def kernel_saved_bytes(self, mixer: GLASpec, d_model: int, packed: bool, kept: Kept) -> float:
-        """q, k, v, both gates, o and its norm's scales; in fp32 the sums of log decays and scores within chunks."""
+        """q, k, v, both gates, o and its norm's scales; in fp32 the sums of log decays; scores within chunks, which
+        ``fla`` keeps in fp32 and our own kernels in bf16.
+        """
         key, value = mixer.n_heads * mixer.head_k_dim, mixer.n_heads * mixer.head_v_dim
         gate = mixer.gate_rank or key
         inputs = kept(d_model, key, value, gate) + kept(value, d_model)
         rank = kept(mixer.gate_rank, key) if mixer.gate_rank else 0
-        wide = key + mixer.n_heads * (1 + GLA_CHUNK)
-        return inputs + rank + BF16_BYTES * (3 * key + 3 * value) + FP32_BYTES * wide
+        scores = GLA_CHUNK * mixer.n_heads * (BF16_BYTES if kernel_of(mixer) == "triton" else FP32_BYTES)
+        return inputs + rank + BF16_BYTES * (3 * key + 3 * value) + FP32_BYTES * (key + mixer.n_heads) + scores
 
 
 class AttentionCost:

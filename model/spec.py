@@ -109,7 +109,7 @@ class GLASpec(Section):
     """tau: log decay = logsigmoid(gate) / tau (equation 4 of the paper, section 4.4)."""
     chunk_size: int = Field(64, ge=1, le=1024, json_schema_extra=OPERATIONAL)
     """Tokens a chunk of the chunked form, a power of two or the one below: speed and memory, never the result."""
-    backend: Literal["auto", "torch", "fla"] = Field("auto", json_schema_extra=OPERATIONAL)
+    backend: Literal["auto", "torch", "fla", "triton"] = Field("auto", json_schema_extra=OPERATIONAL)
     """Kernel family; ``auto`` is the fastest that is installed and tested where the layer runs, ``torch`` on a CPU."""
 
     @classmethod
@@ -139,7 +139,9 @@ class AttentionSpec(Section):
     """Sliding window: a query sees itself and the window - 1 tokens before it; none means all."""
     global_tokens: int = Field(0, ge=0, le=MAX_TOKENS)
     """The first tokens of each document, which every later query sees beside its window."""
-    backend: Literal["auto", "torch", "sdpa_cudnn", "varlen", "flex"] = Field("auto", json_schema_extra=OPERATIONAL)
+    backend: Literal["auto", "torch", "sdpa_cudnn", "varlen", "flex", "flash_attn"] = Field(
+        "auto", json_schema_extra=OPERATIONAL
+    )
     """Kernel family; ``auto`` is the fastest that is installed and tested where the layer runs, ``torch`` on a CPU."""
 
     @classmethod

@@ -20,7 +20,7 @@ from pipelines.gates_names import name_faults
 from pipelines.graph import Registry, in_order, input_name, is_path
 from pipelines.recipe import Recipe
 from stages.base import ConfigError, Fault, Stage, without_operational
-from stages.runtime.artifact import ArtifactError, Job, ParentLink, canonical_digest, read_record
+from stages.runtime.artifact import ArtifactError, Job, ParentLink, canonical_digest, finished_of, read_record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +101,14 @@ def build_chain(recipe: Recipe, runs: Path, stages: Registry) -> Chain:
         ConfigError: when an artifact elsewhere, named as a parent, is absent, unfinished or of the wrong kind, a source
             has no pinned revision, or a gate cannot be decided in this recipe.
     """
+    chain, faults = chain_of(recipe, runs, stages)
+    if faults:
+        raise ConfigError(faults)
+    return chain
+
+
+def chain_of(recipe: Recipe, runs: Path, stages: Registry) -> tuple[Chain, list[Fault]]:
+    """What there is of the chain, and what is wrong with it: stages at fault are not in it, nor what follows them."""
     kinds = {name: stages[config.kind] for name, config in recipe.stages.items()}
     within = {name: dict(_parents_within(kinds[name], config)) for name, config in recipe.stages.items()}
     nodes: dict[str, Node] = {}
@@ -114,9 +122,7 @@ def build_chain(recipe: Recipe, runs: Path, stages: Registry) -> Chain:
             nodes[name] = _node(recipe, name, kinds[name], runs, nodes, stages)
         except ConfigError as error:
             faults += [recipe.fault(f"{name}.{fault.path}", fault.message) for fault in error.faults]
-    if faults:
-        raise ConfigError(faults)
-    return Chain(recipe, runs, nodes, standing_before(recipe, kinds), first)
+    return Chain(recipe, runs, nodes, standing_before(recipe, kinds), first), faults
 
 
 def _parents_within(stage: type[Stage], config: Any) -> Iterator[tuple[str, str]]:
@@ -191,9 +197,9 @@ def _outside(stage: type[Stage], field: str, path: Path, stages: Registry) -> Pa
         raise ConfigError(Fault(name, str(error))) from error
     if record is None:
         raise ConfigError(Fault(name, f"{must}, which holds no stage.json; set runs/<pipeline>/<stage>-<key>"))
-    if record["state"] != "done":
+    if (finished := finished_of(record, path)) is None:
         raise ConfigError(Fault(name, f"{must}, whose state is {record['state']}; finish it first"))
     kind, produces = record["kind"], stage.inputs[field].produces
     if kind not in stages or stages[kind].produces != produces:
         raise ConfigError(Fault(name, f"must produce {produces}; got {path}, made by a stage of kind {kind}"))
-    return ParentLink(record["stage"], record["key"], record["output_digest"], path.resolve())
+    return ParentLink(record["stage"], record["key"], finished["output_digest"], path.resolve())

@@ -12,13 +12,15 @@ from pipelines.command import run_command
 from pipelines.staleness import standing
 from pipelines.suggest import suggestion
 from stages.base import ConfigError, Fault
-from stages.runtime.artifact import read_record, shown
+from stages.runtime.artifact import finished_of, read_record, shown
 
 if TYPE_CHECKING:
     from pipelines.chain import Chain, Node
     from pipelines.chat_models import Speaker
 
 MODEL, EXPORT = "model", "export"
+MOST_FILES = 4
+"""Files of a folder that are named."""
 BASE_KINDS = frozenset({"pretrain"})
 """Kinds whose models continue text and were never taught to answer."""
 
@@ -110,7 +112,7 @@ def _artifact(directory: Path) -> tuple[str, Path]:
     record, must = read_record(directory), f"must be the directory of a finished model; got {directory}"
     if record is None:
         raise ConfigError(Fault("--stage", f"{must}, which holds no stage.json; set runs/<pipeline>/<stage>-<key>"))
-    if record["state"] != "done":
+    if finished_of(record, directory) is None:
         raise ConfigError(Fault("--stage", f"{must}, whose state is {record['state']}; finish it first"))
     if not (directory / "output" / "config.json").is_file():
         raise ConfigError(Fault("--stage", f"{must}, which is a {record.get('kind')} without config.json"))
@@ -136,13 +138,24 @@ def _gguf(options: argparse.Namespace, chain: Callable[[], Chain]) -> Speaker:
 
     path = Path(options.gguf) if options.gguf else _exported(chain(), options)
     if not path.is_file():
-        raise ConfigError(Fault("--gguf", f"must be a GGUF file; got {path}, which is not there"))
+        raise ConfigError(Fault("--gguf", f"must be a GGUF file; got {path}, which is {_instead(path)}"))
     try:
         speaker = Gguf(path)
     except ValueError as error:
-        raise ConfigError(Fault("--gguf", str(error))) from error
+        raise ConfigError(Fault("--gguf", str(error).removeprefix("field path "))) from error
     print(f"{speaker.label}: {shown(path.absolute())}; {speaker.about()}", file=sys.stderr)
     return speaker
+
+
+def _instead(path: Path) -> str:
+    """What there is in place of a file, and what to name."""
+    if not path.is_dir():
+        return "not there"
+    # No deeper than an artifact's own folder: it might be anybody's home.
+    found = (one for depth in ("", "*/", "*/*/") for one in path.glob(f"{depth}*.gguf"))
+    files = [str(one) for one in sorted(found) if one.is_file()]
+    shown_files = ", ".join(files[:MOST_FILES]) + (f" and {len(files) - MOST_FILES} more" if files[MOST_FILES:] else "")
+    return f"a folder; name {'one of ' if files[1:] else ''}{shown_files}" if files else "a folder without any"
 
 
 def _exported(chain: Chain, options: argparse.Namespace) -> Path:

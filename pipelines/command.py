@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pipelines import environment
-from pipelines.run import CommandError, Parser, add_recipe_options, command_line
+from pipelines.run import ROOT, CommandError, Parser, add_recipe_options, command_line
 
 __all__ = ["CommandError", "Parser", "add_recipe_options", "guarded", "load_chain", "run_command"]
 
@@ -23,17 +23,17 @@ def load_chain(options: argparse.Namespace, stages: Registry | None = None) -> C
     """The chain that ``options`` name.
 
     Raises:
-        ConfigError: for a fault in the recipe.
+        ConfigError: for a fault in the recipe, and for artifacts looked for where no folder is.
     """
-    from pipelines.chain import build_chain
-    from pipelines.recipe import DEFAULT, load_recipe
+    from pipelines import loading
+    from pipelines.folder import refuse_no_folder
 
+    refuse_no_folder(options.runs, ROOT / "runs")
     if stages is None:
         from stages import STAGES
 
         stages = STAGES
-    recipe = load_recipe(options.pipeline or DEFAULT, options.set, stages, options.data)
-    return build_chain(recipe, options.runs.absolute(), stages)
+    return loading.load_chain(options.pipeline, options.set, options.runs.absolute(), stages, options.data)
 
 
 def run_command(node: Node, options: argparse.Namespace) -> str:

@@ -80,7 +80,9 @@ def _compare(options: argparse.Namespace, stages: Registry | None) -> int:
 
     chain = load_chain(options, stages)
     try:
-        found = compare(evaluations(chain, options), options.metric)
+        those = evaluations(chain, options)
+        _tell_damage(those)
+        found = compare(those, options.metric)
     except UnlikeError as error:
         raise ConfigError(error.every if options.verbose else error.faults) from error
     if options.html is not None:
@@ -101,6 +103,15 @@ def _compare(options: argparse.Namespace, stages: Registry | None) -> int:
         folder = chain.runs / chain.recipe.name / "compare"
         print("\n".join(log_comparison(found, chain.recipe.name, chain.recipe.tracking, folder)))
     return 0
+
+
+def _tell_damage(those: Mapping[str, Sequence[Evaluation]]) -> None:
+    """Say whose gates nobody can read any more: the scores are whole, what was let pass is not known."""
+    from pipelines.gates_record import damage
+
+    for directory in dict.fromkeys(one.directory for each in those.values() for one in each):
+        if said := damage(directory):
+            print(f"note: {said}", file=sys.stderr)
 
 
 def evaluations(chain: Chain, options: argparse.Namespace) -> dict[str, list[Evaluation]]:

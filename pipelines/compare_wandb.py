@@ -20,8 +20,9 @@ from stages.runtime.scrub import scrub
 
 JOB = "compare"
 COLUMNS: tuple[str | int, ...] = (
-    *("score", "suite", "unit", "better", "set_hash", "n", "n_unit", "families"),
-    *("baseline", "baseline_value", "variant", "value", "difference", "low", "high", "verdict"),
+    *("score", "suite", "unit", "better", "set_hash", "n_unit", "families"),
+    *("baseline", "baseline_n", "baseline_value", "variant", "variant_n", "value"),
+    *("difference", "low", "high", "verdict"),
 )
 
 
@@ -61,11 +62,11 @@ def difference_rows(content: dict[str, Any]) -> list[list[Any]]:
     for score in content["scores"]:
         base = score["values"][content["baseline"]]
         for variant, apart in score["differences"].items():
-            low, high = apart["interval"] or (None, None)
+            (low, high), other = apart["interval"] or (None, None), score["values"][variant]
             rows.append([
-                score["name"], score["suite"], score["unit"], score["better"], score["set_hash"], base["n"],
-                base["n_unit"], apart["families"], content["baseline"], base["value"], variant,
-                score["values"][variant]["value"], apart["value"], low, high, apart["verdict"],
+                score["name"], score["suite"], score["unit"], score["better"], score["set_hash"], base["n_unit"],
+                apart["families"], content["baseline"], base["n"], base["value"], variant, other["n"], other["value"],
+                apart["value"], low, high, apart["verdict"],
             ])  # fmt: skip
     return rows
 
@@ -139,20 +140,26 @@ def build_report(content: dict[str, Any], pipeline: str, project: str, entity: s
 
 def suite_lines(content: dict[str, Any], suite: str) -> Sequence[str]:
     """The differences of one suite as a plain table."""
-    chosen = [row for row in difference_rows(content) if row[1] == suite]
+    rows = [dict(zip(COLUMNS, row, strict=True)) for row in difference_rows(content)]
     cells = [
         [
-            str(row[0]),
-            row[2],
-            str(row[5]),
-            str(row[10]),
-            _figure(row[12]),
-            f"[{_figure(row[13])}, {_figure(row[14])}]",
-            row[15],
+            row["score"],
+            row["unit"],
+            _counts(row["baseline_n"], row["variant_n"]),
+            row["variant"],
+            _figure(row["difference"]),
+            f"[{_figure(row['low'])}, {_figure(row['high'])}]",
+            row["verdict"],
         ]
-        for row in chosen
+        for row in rows
+        if row["suite"] == suite
     ]
     return table(["score", "unit", "n", "variant", "difference", "95% interval", "verdict"], cells)
+
+
+def _counts(baseline: int, variant: int) -> str:
+    """What either side counted: one number where they counted alike."""
+    return str(baseline) if baseline == variant else f"{baseline} / {variant}"
 
 
 def _figure(value: float | None) -> str:

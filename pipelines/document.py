@@ -86,6 +86,12 @@ def dotted(place: Place) -> str:
     return ".".join(str(part) for part in inner) or "recipe"
 
 
+def place_of(path: str) -> Place:
+    """The place that a path of a section names: ``gates.0.max`` and ``gates[0].max`` alike; () of an empty one."""
+    words = re.split(r"[.\[\]]+", path.rstrip("]"))
+    return tuple(int(word) if word.isdigit() else word for word in words if word)
+
+
 def _plain(node: yaml.Node, place: Place, document: Document, open_nodes: set[int]) -> Any:
     line = node.start_mark.line + 1
     document.lines.setdefault(place, line)

@@ -85,9 +85,22 @@ class Judgement:
         return f"{self.metric} {self.rule}"
 
 
-def judged(chain: Chain) -> dict[str, list[Judgement]]:
-    """The judgements of each finished gated evaluation of the chain, by its stage's name."""
-    return {name: judge(chain, chain.nodes[name]) for name in gated(chain.recipe) if is_done(chain.nodes[name])}
+def judged(chain: Chain) -> tuple[list[Judgement], list[str]]:
+    """The judgements of every finished gated evaluation of the chain, and a line for each that cannot be judged."""
+    found: list[Judgement] = []
+    lines: list[str] = []
+    for name in gated(chain.recipe):
+        if is_done(chain.nodes[name]):
+            try:
+                found += judge(chain, chain.nodes[name])
+            except ArtifactError as error:
+                lines.append(unjudged(name, error))
+    return found, lines
+
+
+def unjudged(name: str, error: ArtifactError) -> str:
+    """What is said of an evaluation whose scores, or whose record of gates, cannot be read."""
+    return f"{name}: its gates cannot be judged: {error}"
 
 
 def is_done(node: Node) -> bool:

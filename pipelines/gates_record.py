@@ -52,6 +52,15 @@ def read_gates(directory: Path) -> dict[str, Any]:
     return dict(content)
 
 
+def damage(directory: Path) -> str | None:
+    """Why what was judged of the artifact in ``directory`` cannot be read; None where it can, or nothing was judged."""
+    try:
+        read_gates(directory)
+    except ArtifactError as error:
+        return str(error)
+    return None
+
+
 def overrides_of(directory: Path) -> dict[str, Override]:
     """What was let pass of the evaluation in ``directory``, by digest."""
     return {plain["digest"]: Override(**plain) for plain in read_gates(directory)["overrides"]}

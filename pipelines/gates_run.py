@@ -17,6 +17,7 @@ from pipelines.gates import (
     override_flags,
     page_path,
     plain,
+    unjudged,
     verdict_of,
 )
 from pipelines.gates_graph import gated, gates_of
@@ -60,7 +61,7 @@ def settle(chain: Chain, node: Node, words: Sequence[str] = (), quiet: bool = Fa
         found = _with(before, added)
         write_gates(node.job.directory, [plain(one) for one in found], added)
     except ArtifactError as error:
-        print(f"{node.name}: its gates cannot be judged: {error}", file=sys.stderr)
+        print(unjudged(node.name, error), file=sys.stderr)
         return False
     _tell(node, found, {one.digest for one in added}, quiet)
     if not quiet:

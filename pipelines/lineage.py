@@ -22,6 +22,7 @@ if __name__ == "__main__":
     if missing := fault(sys.argv):
         sys.exit(print(missing, file=sys.stderr) or 2)
 
+from pipelines.folder import refuse_no_folder
 from pipelines.lineage_read import (
     SHORT,
     Node,
@@ -119,6 +120,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry out a parsed command; raises ``ConfigError`` for what names no artifact."""
+    named = [word for word in (getattr(arguments, side, None) for side in ("artifact", "a", "b")) if word is not None]
+    if not named or not all(Path(word).is_dir() for word in named):
+        refuse_no_folder(arguments.runs)
     if arguments.command == "diff":
         from pipelines.lineage_diff import diff_lines
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipelines.gates_record import damage
 from pipelines.lineage_read import SHORT, Node, pins_of, read_node
 from stages import STAGES
 from stages.base import ConfigError
@@ -40,7 +41,7 @@ def verify(node: Node, cache: Path) -> Findings:
         found.faults.append(f"{node.directory}: there is no stage.json; restore the artifact or run its stage again")
     else:
         _verify_files(node, found)
-        found.faults += [*_record_faults(node), *_edge_faults(node)]
+        found.faults += [*_record_faults(node), *_edge_faults(node), *filter(None, [damage(node.directory)])]
         _verify_sources(node, cache, found)
         _verify_code(node, found)
     return found

@@ -95,7 +95,8 @@ def gate_notes(chain: Chain) -> list[str]:
         for node in chain
         if gates_of(node.job.config)
     ]
-    return notes + [line(one) for found in judged(chain).values() for one in found if one.closed]
+    found, why_none = judged(chain)
+    return [*notes, *(line(one) for one in found if one.closed), *why_none]
 
 
 def _fitted(node: Node, world_size: int) -> Any:

@@ -10,32 +10,48 @@ from pipelines.staleness import standing
 from stages.base import ConfigError, Fault
 
 
-def refuse_shorter(chain: Chain, nodes: Iterable[Node]) -> None:
-    """Refuse to run what is asked to be shorter than its artifact already is.
+def refuse(faults: Iterable[Fault]) -> None:
+    """Refuse to go on where there are ``faults``.
 
     Raises:
-        ConfigError: saying what to set.
+        ConfigError: with each of them once.
     """
+    told = list(dict.fromkeys(faults))
+    if told:
+        raise ConfigError(told)
+
+
+def shorter_faults(chain: Chain, nodes: Iterable[Node]) -> list[Fault]:
+    """What is asked to be shorter than its artifact already is, with what to set."""
     refusals = [refusal for node in nodes if (refusal := standing(node).refusal) is not None]
-    if refusals:
-        raise ConfigError([chain.recipe.fault(refusal.path, refusal.message) for refusal in refusals])
+    return [chain.recipe.fault(refusal.path, refusal.message) for refusal in refusals]
 
 
 def refuse_early(chain: Chain, nodes: Iterable[Node], world_size: int | None, has_gpu: bool | None) -> None:
-    """Look over those of ``nodes`` that are not done; None leaves the number of ranks, or the kind of devices, out.
+    """Refuse what ``early_faults`` finds."""
+    refuse(early_faults(chain, nodes, world_size, has_gpu))
 
-    Raises:
-        ConfigError: with every fault that needs no stage to run in order to be seen.
+
+def early_faults(chain: Chain, nodes: Iterable[Node], world_size: int | None, has_gpu: bool | None) -> list[Fault]:
+    """Every fault of those of ``nodes`` that are not done which needs no stage to run in order to be seen.
+
+    None leaves the number of ranks, or the kind of devices, out.
     """
     faults = []
     for node in nodes:
         if not standing(node).done:
-            found = [*_own_faults(chain, node), *_device_faults(node, world_size, has_gpu)]
-            # A plan may be made where the recipe will not run.
-            found += node.stage.check_reach(node.job.config) if has_gpu is not None else []
+            found = _found(chain, node, world_size, has_gpu)
             faults += [chain.recipe.fault(f"{node.name}.{fault.path}", fault.message) for fault in found]
-    if faults:
-        raise ConfigError(list(dict.fromkeys(faults)))
+    return faults
+
+
+def _found(chain: Chain, node: Node, world_size: int | None, has_gpu: bool | None) -> list[Fault]:
+    try:
+        found = [*_own_faults(chain, node), *_device_faults(node, world_size, has_gpu)]
+        # A plan may be made where the recipe will not run.
+        return found + (node.stage.check_reach(node.job.config) if has_gpu is not None else [])
+    except ConfigError as error:
+        return error.faults
 
 
 def device_notes(chain: Chain, has_gpu: bool) -> list[str]:
@@ -61,8 +77,11 @@ def _own_faults(chain: Chain, node: Node) -> list[Fault]:
     faults += node.stage.check_parent_configs(job.config, awaited)
     beside = {field: chain.nodes[name].job.config for field, name in node.parents.items()}
     faults += node.stage.check_beside(job.config, beside)
+    if not finished or (node.stage.uses_model and job.model is None):
+        # A faulty model section is told by itself.
+        return faults
     try:
-        return faults + (node.stage.check_parents(job.config, job.model, finished) if finished else [])
+        return faults + node.stage.check_parents(job.config, job.model, finished)
     except (ValueError, KeyError, OSError):
         # A damaged parent is named, file by file, when its output is verified before the run.
         return faults

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, cast
 
@@ -18,8 +18,9 @@ from pydantic import ConfigDict, Field, PrivateAttr, create_model
 
 from model.spec import ModelSpec
 from pipelines.credentials import remove_secrets
-from pipelines.document import Document, Place, dotted, parse
-from pipelines.graph import PlacedFault, Registry, graph_faults
+from pipelines.document import Document, Place, dotted, parse, place_of
+from pipelines.graph import PlacedFault, Registry, graph_faults, is_path
+from pipelines.mending import Mended, common, mended, without_echoes
 from pipelines.overrides import apply_overrides
 from pipelines.own_text import use_own_text
 from pipelines.suggest import suggestion
@@ -69,9 +70,27 @@ class Recipe(RecipeHead):
 
     def fault(self, path: str, message: str) -> Fault:
         """A fault at a path as ``--set`` names it, with the line of the file that it comes from."""
-        first, *rest = path.split(".")
-        place: Place = ("stages", first, *rest) if first in self.stages else (first, *rest)
-        return Fault(path, message, self._document.line(place))
+        place = place_of(path)
+        place = ("stages", *place) if place and place[0] in self.stages else place
+        return Fault(dotted(place), message, self._document.line(place))
+
+
+class RecipeError(ConfigError):
+    """What is wrong with a recipe by itself.
+
+    ``mended`` is the recipe with other values in place of the faulty ones, as unlike one another as may be: what is
+    wrong with the chain of every one of them is wrong whatever they become. Stages that cannot be mended are left out,
+    and those that go on from them; ``whole`` says that none is.
+    """
+
+    def __init__(self, faults: list[Fault], mended: Sequence[Recipe] = (), whole: bool = False) -> None:
+        super().__init__(ordered(faults))
+        self.mended, self.whole = mended, whole
+
+
+def ordered(faults: Sequence[Fault]) -> list[Fault]:
+    """Faults by line, those without one first."""
+    return sorted(faults, key=lambda fault: (fault.line or 0, fault.path))
 
 
 def load_recipe(
@@ -82,7 +101,7 @@ def load_recipe(
     ``data`` is a folder of one's own text that takes the place of every ``clean`` stage's sources.
 
     Raises:
-        ConfigError: with every fault found, ordered by line.
+        ConfigError: with every fault found, ordered by line; a ``RecipeError`` where the text could be read.
     """
     registry = _registry(stages)
     document = parse(_text(path))
@@ -97,11 +116,7 @@ def load_recipe(
     if data is not None:
         use_own_text(document, data)
     remove_secrets(document)
-    recipe, faults = _validated(document, registry)
-    faults = _without_echoes(document.faults, faults)
-    if faults or recipe is None:
-        raise ConfigError(sorted((fault for _, fault in faults), key=lambda fault: (fault.line or 0, fault.path)))
-    return recipe
+    return _validated(document, registry)
 
 
 def recipe_type(stages: Registry | None = None) -> type[Recipe]:
@@ -148,7 +163,7 @@ def _text(path: Path) -> str:
         raise ConfigError(Fault("--pipeline", f"must be a readable file; got {path}: {error.strerror}")) from error
 
 
-def _validated(document: Document, registry: Registry) -> tuple[Recipe | None, list[PlacedFault]]:
+def _validated(document: Document, registry: Registry) -> Recipe:
     data: dict[str, Any] = document.data
     head, faults = validate(RecipeHead, {key: data[key] for key in data if key != "stages"}, (), document)
     faults = [_naming_stages(placed) for placed in faults]
@@ -160,17 +175,64 @@ def _validated(document: Document, registry: Registry) -> tuple[Recipe | None, l
             faults.append(_at(document, ("stages", name, "kind"), message))
         else:
             known[name] = registry[section["kind"]]
-    configs: dict[str, Any] = {}
+    configs: dict[str, Mended] = {}
     for name, stage in known.items():
-        configs[name], found = validate(stage.Config, raw[name], ("stages", name), document)
+        config, found = validate(stage.Config, raw[name], ("stages", name), document)
+        configs[name] = mended(stage.Config, raw[name]) if config is None else Mended([config])
         faults += found
-    faults += graph_faults(document, known, raw)
-    faults += _checks(document, known, configs, _model(data))
+    tied = graph_faults(document, known, raw)
+    faults += tied
+    refused = [dotted(place) for place, _ in faults]
+    faults += _checks(document, known, configs, _model(data), refused)
     if faults or document.faults or head is None:
-        return None, faults
-    recipe = recipe_type(registry)(**{name: getattr(head, name) for name in RecipeHead.model_fields}, stages=configs)
+        apart = {place[1] for place, _ in tied}
+        apart |= {place[1] for place, _ in more if len(place) > 1}
+        fitting = {name: found for name, found in configs.items() if found.configs and name not in apart}
+        made = _mended(document, head, fitting, registry)
+        whole = all(list(recipe.stages) == list(raw) for recipe in made)
+        raise RecipeError([fault for _, fault in _without_echoes(document.faults, faults)], made, whole)
+    return _recipe(document, head, {name: found.configs[0] for name, found in configs.items()}, recipe_type(registry))
+
+
+def _recipe(document: Document, head: RecipeHead, configs: Mapping[str, Any], type_: type[Recipe]) -> Recipe:
+    recipe = type_(**{name: getattr(head, name) for name in RecipeHead.model_fields}, stages=dict(configs))
     recipe._document = document
-    return recipe, []
+    return recipe
+
+
+def _mended(
+    document: Document, head: RecipeHead | None, configs: Mapping[str, Mended], registry: Registry
+) -> list[Recipe]:
+    """The recipe with the first, the second and the last of each stage's ``configs``; none of a faulty ``--set``.
+
+    What it was to mend, nobody knows.
+    """
+    if any(fault.line is None for _, fault in document.faults):
+        return []
+    head = head or RecipeHead(name="unnamed", model=_model(document.data))
+    most = max((len(found.configs) for found in configs.values()), default=0)
+    made_up = {name for name, found in configs.items() if found.made_up}
+    made = []
+    for number in sorted({0, min(1, most - 1), most - 1} if most else ()):
+        chosen = {name: found.configs[number % len(found.configs)] for name, found in configs.items()}
+        chosen = _with_parents(chosen, made_up, registry)
+        if chosen:
+            made.append(_recipe(document, head, chosen, recipe_type(registry)))
+    return made
+
+
+def _with_parents(configs: Mapping[str, Any], made_up: set[str], registry: Registry) -> dict[str, Any]:
+    """``configs`` without those that go on, near or far, from a stage that is not among them, or is made up."""
+    kept = dict(configs)
+    while lost := [one for one, config in kept.items() if not set(_parents(config, registry)) <= kept.keys() - made_up]:
+        for name in lost:
+            del kept[name]
+    return kept
+
+
+def _parents(config: Any, registry: Registry) -> list[str]:
+    given = [getattr(config, field) for field in registry[config.kind].inputs]
+    return [parent for parent in given if parent is not None and not is_path(parent)]
 
 
 def _naming_stages(placed: PlacedFault) -> PlacedFault:
@@ -228,27 +290,35 @@ def _model(data: dict[str, Any]) -> ModelSpec | None:
 
 
 def _checks(
-    document: Document, known: dict[str, type[Stage]], configs: dict[str, Any], model: ModelSpec | None
+    document: Document,
+    known: dict[str, type[Stage]],
+    configs: dict[str, Mended],
+    model: ModelSpec | None,
+    refused: Sequence[str],
 ) -> list[PlacedFault]:
     """Faults that stages find between fields, and a model section that is needed and absent.
 
-    With a faulty model section a stage looks over its own fields alone, so that nothing hides anything.
+    With a faulty model section a stage looks over its own fields alone, and of a stage with faulty fields that is told
+    which is wrong whatever they become, so that nothing hides anything.
     """
     faults = []
     users = [name for name, stage in known.items() if stage.uses_model]
     if users and document.data.get("model") is None:
         faults.append(_at(document, ("model",), f"is required by {', '.join(users)} and absent; write the section"))
     for name, stage in known.items():
-        if configs[name] is None:
-            continue
-        try:
-            found = stage.check(configs[name], model)
-        except ConfigError as error:
-            found = error.faults
-        for fault in found:
-            words = [int(word) if word.isdigit() else word for word in fault.path.split(".") if word]
-            faults.append(_at(document, ("stages", name, *words), fault.message))
+        own = [path.removeprefix(f"{name}.") for path in refused if path.startswith(f"{name}.")]
+        for fault in common(_checked(stage, config, model) for config in configs[name].configs):
+            place = place_of(fault.path)
+            if without_echoes([Fault(dotted(place), "")], own):
+                faults.append(_at(document, ("stages", name, *place), fault.message))
     return faults
+
+
+def _checked(stage: type[Stage], config: Any, model: ModelSpec | None) -> list[Fault]:
+    try:
+        return stage.check(config, model)
+    except ConfigError as error:
+        return error.faults
 
 
 def _at(document: Document, place: Place, message: str) -> PlacedFault:

@@ -35,9 +35,13 @@ def main(argv: Sequence[str] | None = None, stages: Registry | None = None) -> i
 
 
 def _report(argv: Sequence[str], stages: Registry | None) -> int:
+    from pipelines.gates import judged
     from stages.runtime.artifact import shown
 
-    path, is_new = refresh_report(load_chain(parse(argv), stages))
+    chain = load_chain(parse(argv), stages)
+    path, is_new = refresh_report(chain)
+    for line in judged(chain)[1]:
+        print(f"note: {line}", file=sys.stderr)
     print(shown(path) if is_new else f"{shown(path)} (up to date)")
     return 0
 

@@ -188,7 +188,7 @@ def gates(chain: Chain) -> tuple[list[Any], list[str]]:
     from pipelines.gates import judged
 
     try:
-        return [one for those in judged(chain).values() for one in those], []
+        return judged(chain)
     except (ArtifactError, ConfigError, ValueError, OSError, KeyError, TypeError) as error:
         return [], [f"the gates cannot be judged: {type(error).__name__}: {error}"]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pipelines.scores import SCORED, SUBJECT, Evaluation, read_evaluation, read_json
 from pipelines.staleness import standing
 from stages.base import ConfigError
-from stages.runtime.artifact import ArtifactError, read_record
+from stages.runtime.artifact import ArtifactError, finished_of, read_record
 from stages.runtime.edges import read_edges
 from stages.runtime.journal import HISTORY, read_metrics
 
@@ -77,7 +77,7 @@ def read_stage(node: Node) -> StageView:
     )  # fmt: skip
     if not directory.is_dir():
         return view
-    view.record = _or_notice(view, lambda: read_record(directory) or {}, {})
+    view.record = _or_notice(view, lambda: _record(directory, state), {})
     nothing: list[dict[str, Any]] = []
     rows = _or_notice(view, lambda: read_metrics(directory), nothing)
     view.rows = [row for row in rows if row["event"] not in HISTORY]
@@ -87,6 +87,12 @@ def read_stage(node: Node) -> StageView:
     if state == "done":
         _read_output(view, directory)
     return view
+
+
+def _record(directory: Path, state: str) -> dict[str, Any]:
+    """The artifact's record; while a longer run extends what is done, that of the finished one."""
+    record = read_record(directory) or {}
+    return dict(finished_of(record, directory) or {}) if state == "done" else record
 
 
 def _outside(node: Node) -> str | None:

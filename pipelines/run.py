@@ -32,6 +32,7 @@ if __name__ == "__main__":
 if TYPE_CHECKING:
     from pipelines.chain import Chain, Node
     from pipelines.graph import Registry
+    from stages.base import Fault
     from stages.runtime.lifecycle import Surroundings
 
 
@@ -273,12 +274,13 @@ def _registry(stages: Registry | None) -> Registry:
 
 
 def _chain(options: argparse.Namespace, stages: Registry) -> Chain:
-    from pipelines.chain import build_chain
-    from pipelines.recipe import DEFAULT, load_recipe
+    from pipelines.loading import load_chain
     from pipelines.suggest import suggestion
     from stages.base import ConfigError, Fault
 
-    recipe = load_recipe(options.pipeline or DEFAULT, options.set, stages, options.data)
+    runs = options.runs.absolute()
+    chain = load_chain(options.pipeline, options.set, runs, stages, options.data, lambda chain: _early(chain, options))
+    recipe = chain.recipe
     named = {"--stage": options.stage or [], "--from": [options.first], "--until": [options.last]}
     faults = [
         Fault(flag, f"must name a stage of {recipe.name}; got {name!r}; {suggestion(name, recipe.stages, 'stage')}")
@@ -286,18 +288,23 @@ def _chain(options: argparse.Namespace, stages: Registry) -> Chain:
         for name in names
         if name is not None and name not in recipe.stages
     ]
-    if faults:
-        raise ConfigError(faults)
-    chain = build_chain(recipe, options.runs.absolute(), stages)
     if options.override_gate:
         from pipelines.gates_run import override_faults
 
-        faults = override_faults(chain, options.override_gate)
+        faults += override_faults(chain, options.override_gate)
     if faults:
         raise ConfigError(faults)
     if len(options.stage or []) > 1:
         _refuse_training(chain, options.stage)
     return chain
+
+
+def _early(chain: Chain, options: argparse.Namespace) -> list[Fault]:
+    """What a plan, or a run of the whole chain, would refuse besides the faults that are found already."""
+    from pipelines.preflight import early_faults
+
+    whole = options.plan or (options.all and not (options.first or options.last))
+    return early_faults(chain, chain, options.num_gpus, None) if whole else []
 
 
 def _refuse_training(chain: Chain, names: list[str]) -> None:
@@ -311,13 +318,12 @@ def _refuse_training(chain: Chain, names: list[str]) -> None:
 def _run_all(chain: Chain, options: argparse.Namespace) -> int:
     from pipelines.contamination import contamination_notes
     from pipelines.launch import run_all
-    from pipelines.preflight import refuse_early, refuse_shorter
+    from pipelines.preflight import early_faults, refuse, shorter_faults
     from pipelines.show import write_report
     from stages.runtime.artifact import has_gpu
 
     chosen = chain.selection(options.first, options.last)
-    refuse_shorter(chain, chosen)
-    refuse_early(chain, chosen, options.num_gpus, has_gpu())
+    refuse([*shorter_faults(chain, chosen), *early_faults(chain, chosen, options.num_gpus, has_gpu())])
     _settle_kernels(chain, chosen, options)
     for note in contamination_notes(chain):
         print(f"note: {note}", flush=True)

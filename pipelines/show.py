@@ -26,10 +26,17 @@ def show_plan(chain: Chain, options: argparse.Namespace) -> int:
 
 
 def show_status(chain: Chain, options: argparse.Namespace) -> int:
-    """Print what ``--status`` shows; returns the exit code."""
+    """Print what ``--status`` shows; returns the exit code.
+
+    Raises:
+        ConfigError: where ``--runs`` is no folder.
+    """
+    from pipelines.folder import refuse_no_folder
+    from pipelines.run import ROOT
     from pipelines.status import status, status_lines
     from pipelines.table import terminal_width
 
+    refuse_no_folder(options.runs, ROOT / "runs")
     entries = status(chain)
     _print(entries, status_lines(entries, terminal_width()), options.json)
     return 0

@@ -9,7 +9,7 @@ from pipelines.chain import Chain, Node
 from pipelines.gate import Gate
 from pipelines.gates_run import passed_over, settle, settle_before, unmeasured_faults
 from pipelines.graph import input_name
-from pipelines.preflight import refuse_early, refuse_shorter
+from pipelines.preflight import early_faults, refuse, shorter_faults
 from pipelines.staleness import standing
 from stages.base import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError, Fault
 from stages.runtime import distributed
@@ -119,13 +119,22 @@ def _prepare(
         raise ConfigError(undecided)
     if not settle_before(chain, node, overrides):
         return EXIT_FAILED
-    refuse_shorter(chain, [node])
-    refuse_early(chain, [*needed(chain, node, command_for), node], distributed.world_size(), has_gpu())
-    for ancestor in needed(chain, node, command_for):
+    for ancestor in _accepted(chain, node, command_for):
         code = _execute(ancestor, around)
         if code != EXIT_DONE:
             return code
     return None
+
+
+def _accepted(chain: Chain, node: Node, command_for: CommandFor) -> list[Node]:
+    """The data stages that ``node`` needs, where nothing is wrong that can be seen before a stage runs."""
+    faults = shorter_faults(chain, [node])
+    try:
+        before = needed(chain, node, command_for)
+    except ConfigError as error:
+        faults, before = [*faults, *error.faults], []
+    refuse([*faults, *early_faults(chain, [*before, node], distributed.world_size(), has_gpu())])
+    return before
 
 
 def _run_with_others(

@@ -17,7 +17,10 @@ from stages.runtime.manifest import damage_at_a_glance
 
 @dataclass(frozen=True)
 class Standing:
-    """``state`` is ``done`` or why it is not; ``reasons`` are for people; ``record`` is the artifact's stage.json."""
+    """``state`` is ``done`` or why it is not; ``reasons`` are for people; ``record`` is the artifact's stage.json.
+
+    Where a longer run extends what is done, ``record`` is that of the shorter one, and the reason tells of the longer.
+    """
 
     state: str
     reasons: list[str]
@@ -48,12 +51,25 @@ def standing(node: Node) -> Standing:
     if record["key"] != job.key:
         return Standing("failed", [f"{job.directory} belongs to another key; move it away"])
     if artifact.is_done(record, job):
-        return _damaged(node, record) or Standing("done", [], record)
+        finished = artifact.finished_of(record, job.directory) or record
+        return _damaged(node, finished) or Standing("done", extension_story(record, job.directory), finished)
     return _longer(node, record) or _unfinished(node, record)
 
 
 def _unfinished(node: Node, record: Mapping[str, Any]) -> Standing:
-    state, directory = record["state"], node.job.directory
+    directory = node.job.directory
+    if record["state"] == "done" and record["extension"] != dict(node.job.extension):
+        changes = leaf_changes(record["extension"], dict(node.job.extension))
+        return Standing("extended", [f"extended: {', '.join(changes)}"], record)
+    if record["state"] == "done":
+        return Standing("stale", [f"its output is gone from {artifact.shown(directory)}"], record)
+    state, what = _state_in_words(record, directory)
+    return Standing(state, extension_story(record, directory) or [what], record)
+
+
+def _state_in_words(record: Mapping[str, Any], directory: Path) -> tuple[str, str]:
+    """The state of a run that is not done, as it is by now, and a sentence on it."""
+    state = record["state"]
     step = artifact.reached_step(directory, record)
     at_step = "" if step is None else f" at step {step}"
     if state == "running":
@@ -61,16 +77,20 @@ def _unfinished(node: Node, record: Mapping[str, Any]) -> Standing:
         who = f"process {record['pid']} on {record['host']}"
         if alive is not False:
             note = "" if alive else ", which cannot be seen from here"
-            return Standing("running", [f"running since {record['started_at']} as {who}{note}"], record)
-        return Standing("interrupted", [f"interrupted{at_step}: {who} is dead"], record)
-    if state == "done" and record["extension"] != dict(node.job.extension):
-        changes = leaf_changes(record["extension"], dict(node.job.extension))
-        return Standing("extended", [f"extended: {', '.join(changes)}"], record)
-    if state == "done":
-        return Standing("stale", [f"its output is gone from {artifact.shown(directory)}"], record)
-    if state == "saved":
-        return Standing("saved", [f"saved{at_step}"], record)
-    return Standing("failed", [f"failed{at_step}: {record['error']}"], record)
+            return "running", f"running since {record['started_at']} as {who}{note}"
+        return "interrupted", f"interrupted{at_step}: {who} is dead"
+    return ("saved", f"saved{at_step}") if state == "saved" else ("failed", f"failed{at_step}: {record['error']}")
+
+
+def extension_story(record: Mapping[str, Any], directory: Path) -> list[str]:
+    """One line on a longer run that extends a finished one and is not finished itself; none where there is none."""
+    finished = artifact.finished_of(record, directory)
+    if finished is None or finished is record or finished["extension"] == record["extension"]:
+        return []
+    changes = ", ".join(leaf_changes(finished["extension"], record["extension"]))
+    settings = " ".join(f"--set {record['stage']}.{name}={value}" for name, value in record["extension"].items())
+    go_on = "" if (told := _state_in_words(record, directory))[0] == "running" else f"; {settings} goes on with it"
+    return [f"finished at step {finished['step']}, which stays; extension ({changes}) {told[1]}{go_on}"]
 
 
 def _damaged(node: Node, record: Mapping[str, Any]) -> Standing | None:
@@ -94,6 +114,8 @@ def _longer(node: Node, record: Mapping[str, Any]) -> Standing | None:
     for field, wanted in node.job.extension.items():
         before = record["extension"].get(field)
         trained = before if record["state"] == "done" else min(before or step, step)
+        if (finished := artifact.finished_of(record, node.job.directory)) is not None:
+            trained = max(trained, finished["extension"].get(field) or 0)
         if isinstance(trained, int) and isinstance(wanted, int) and wanted < trained:
             there, path = artifact.shown(node.job.directory), f"{node.name}.{field}"
             go_on = before if isinstance(before, int) else trained
@@ -109,16 +131,17 @@ def _longer(node: Node, record: Mapping[str, Any]) -> Standing | None:
 def extension_notes(node: Node) -> list[str]:
     """What a longer run of a finished ``node`` leaves behind: artifacts that were made from its present output."""
     found = standing(node)
-    if found.state != "extended" or found.record is None:
+    finished = artifact.finished_of(found.record, node.job.directory)
+    if finished is None or found.done or found.refusal is not None:
         return []
     left = [directory.name for directory in _made_from(node.job.directory)]
-    if not left:
+    changes = ", ".join(leaf_changes(finished["extension"], dict(node.job.extension)))
+    if not left or not changes:
         return []
-    changes = ", ".join(leaf_changes(found.record["extension"], dict(node.job.extension)))
     return [
-        f"extending {node.name} ({changes}) replaces the output that {', '.join(left)} came from: they stay as they "
-        f"are but belong to no recipe any more, and their stages run anew; copy {artifact.shown(node.job.directory)} "
-        "first, or give the longer run another stage's name, to keep both"
+        f"extending {node.name} ({changes}) replaces the output that {', '.join(left)} came from, once it is finished: "
+        "they stay as they are but belong to no recipe any more, and their stages run anew; copy "
+        f"{artifact.shown(node.job.directory)} first, or give the longer run another stage's name, to keep both"
     ]
 
 
@@ -130,8 +153,8 @@ def _made_from(directory: Path) -> list[Path]:
             record = artifact.read_record(path.parent)
         except ArtifactError:
             continue
-        if record is not None and record["state"] == "done":
-            done.append((path.parent, [Path(link["path"]) for link in record["parents"].values()]))
+        if (finished := artifact.finished_of(record, path.parent)) is not None:
+            done.append((path.parent, [Path(link["path"]) for link in finished["parents"].values()]))
     family = [directory]
     for parent in family:
         family += [child for child, parents in done if parent in parents and child not in family]

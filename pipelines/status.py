@@ -9,7 +9,7 @@ from typing import Any
 
 from pipelines.chain import Chain, Node
 from pipelines.gates_graph import gates_of
-from pipelines.staleness import standing, variants
+from pipelines.staleness import extension_story, standing, variants
 from pipelines.table import age, with_last_column
 from stages.runtime import artifact
 
@@ -65,18 +65,23 @@ def _entries(node: Node) -> list[dict[str, Any]]:
     state, note = found.state, "; ".join(found.reasons)
     current = node.job.directory
     # Not read again: a record that cannot be read is one stage's note and must not hide the others.
-    entries = [_entry(node.name, node.job.key, current, found.record)]
+    extended = found.done and bool(found.reasons)
+    entries = [_entry(node.name, node.job.key, current, found.record, extended)]
     entries[0].update(state=state, note=note, current=True)
     for record in variants(current.parent, node.name):
         if record["directory"] != current:
-            entries.append(_entry(node.name, record["key"], record["directory"], record))
+            entry = _entry(node.name, record["key"], record["directory"], record)
+            entries.append({**entry, "note": "; ".join(extension_story(record, record["directory"])) or entry["note"]})
     return entries
 
 
-def _entry(stage: str, key: str, directory: Path, record: Mapping[str, Any] | None) -> dict[str, Any]:
-    rows = artifact.last_events(directory)
-    train, evaluated = rows.get("train", {}), rows.get("eval", {})
+def _entry(
+    stage: str, key: str, directory: Path, record: Mapping[str, Any] | None, extended: bool = False
+) -> dict[str, Any]:
+    """``extended`` where a longer run goes on from what ``record`` finished: the rows of metrics are that one's."""
     record = record or {}
+    rows = {} if extended else artifact.last_events(directory)
+    train, evaluated = (record["metrics"],) * 2 if extended else (rows.get("train", {}), rows.get("eval", {}))
     return {
         "stage": stage,
         "key": key,
@@ -85,7 +90,7 @@ def _entry(stage: str, key: str, directory: Path, record: Mapping[str, Any] | No
         "state": _state(record),
         "step": train.get("step", record.get("step")),
         "max_steps": (record.get("config") or {}).get("max_steps"),
-        "loss": next((train[name] for name in train if name.startswith("loss")), None),
+        "loss": next((train[name] for name in train if name.startswith(("loss", "final_loss"))), None),
         "bpb": evaluated.get("bpb"),
         "tokens_per_s": train.get("tokens_per_s"),
         "checkpoint_age_s": _checkpoint_age_s(directory),

@@ -45,6 +45,8 @@ def terminal_width() -> int | None:
 
 def figure(name: str, value: Any) -> str:
     """A value with the unit that its name ends in: bytes as GiB, counts with commas, FLOPs as a power of ten."""
+    if isinstance(value, dict):
+        return ", ".join(f"{part} {figure(part, one)}" for part, one in value.items())
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if name.endswith("_bytes") or name == "bytes":

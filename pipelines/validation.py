@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import types
 from collections.abc import Iterator
@@ -29,6 +30,38 @@ def validate(section: type[M], raw: Any, place: Place, document: Document) -> tu
         return section.model_validate_json(json.dumps(raw), strict=True), []
     except ValidationError as error:
         return None, _faults(section, raw, place, document, error)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrong:
+    """What is wrong at one place: a field whose value does not do, or a name that is none.
+
+    ``names`` are the words that may stand there: values of the field, or fields beside the unknown one.
+    """
+
+    unknown: bool
+    names: list[str]
+
+
+def wrong_places(section: type[BaseModel], raw: Any) -> dict[Place, Wrong]:
+    """Where ``raw`` is no ``section``, by place below it; empty where it is one."""
+    try:
+        section.model_validate_json(json.dumps(raw), strict=True)
+    except ValidationError as error:
+        return {
+            place: wrong for item in error.errors(include_url=False) for place, wrong in [_wrong(section, raw, item)]
+        }
+    return {}
+
+
+def _wrong(section: type[BaseModel], raw: Any, item: Any) -> tuple[Place, Wrong]:
+    place, context = _place_in(raw, item["loc"], item["type"]), item.get("ctx", {})
+    if item["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        place = (*place, str(context["discriminator"]).strip("'"))
+    if item["type"] == "extra_forbidden":
+        return place, Wrong(True, _names(section, raw, place[:-1]))
+    choices = str(context.get("expected") or context.get("expected_tags") or "")
+    return place, Wrong(False, _quoted(choices) if choices else [])
 
 
 def shown(value: Any) -> str:

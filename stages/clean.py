@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import time
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,7 +13,7 @@ from pydantic import Field
 from data.clean_config import DecontaminateConfig, Executor, FormConfig, LocalExecutor, QualityConfig
 from data.errors import DataError
 from data.source_config import DedupConfig, FilesSource, HeldoutConfig, PackageSource, Source
-from data.sources import SourceError, check_files, source_revision
+from data.sources import SourceError, check_source, source_revision
 from stages.base import (
     ConfigError,
     Fault,
@@ -24,7 +25,16 @@ from stages.base import (
     StageResult,
     operational,
 )
-from stages.runtime.decontamination import SET_INPUTS, absent, absent_files, file_revisions, open_index, set_line
+from stages.runtime.decontamination import (
+    SET_INPUTS,
+    absent,
+    absent_files,
+    file_faults,
+    file_revisions,
+    first_fault,
+    open_index,
+    set_line,
+)
 from stages.runtime.sources import repeated_names, source_error, unreachable, unreadable
 
 _NAMED_RULES = 4
@@ -77,13 +87,18 @@ class Clean(Stage):
     @classmethod
     def check(cls, config: CleanConfig, model: Any) -> list[Fault]:
         """Names must differ, one's own files be there, and what is named exist."""
-        faults = repeated_names(config.sources) + unreadable(config.sources, FilesSource, check_files)
-        return [*faults, *_absent_files(config), *_unknown_sources(config), *_executor_faults(config)]
+        faults = repeated_names(config.sources) + unreadable(config.sources, FilesSource, check_source)
+        faults += [*file_faults(config.decontaminate), *_label_faults(config)]
+        return [*faults, *_unknown_sources(config), *_executor_faults(config)]
 
     @classmethod
     def check_reach(cls, config: CleanConfig) -> list[Fault]:
-        """Data sets of the hub that cannot be streamed from here."""
-        return unreachable(config.sources)
+        """Data sets of the hub that cannot be streamed from here, and a queue that this machine does not know."""
+        faults = unreachable(config.sources)
+        if config.executor.kind == "slurm" and shutil.which("sbatch") is None:
+            message = "must be local or ray where there is no sbatch; got slurm; start it where jobs are submitted"
+            faults.append(Fault("executor.kind", message))
+        return faults
 
     @classmethod
     def source_revisions(cls, config: CleanConfig) -> dict[str, str]:
@@ -94,7 +109,7 @@ class Clean(Stage):
             found = {source.name: source_revision(source) for source in config.sources}
         except SourceError as error:
             raise source_error(config.sources, error) from error
-        if faults := _absent_files(config):
+        if faults := absent_files(config.decontaminate) + _absent_labels(config):
             raise ConfigError(faults)
         found |= file_revisions(config.decontaminate)
         return found | ({"quality:labels": revision(config.quality.labels)} if config.quality else {})
@@ -167,11 +182,17 @@ def _classifier(config: CleanConfig, work: Path, output: Path) -> tuple[Path | N
     return work / "quality.npz", facts
 
 
-def _absent_files(config: CleanConfig) -> list[Fault]:
-    faults, quality = absent_files(config.decontaminate), config.quality
-    return faults + (
-        [absent("quality.labels", quality.labels)] if quality and not Path(quality.labels).is_file() else []
-    )
+def _absent_labels(config: CleanConfig) -> list[Fault]:
+    quality = config.quality
+    return [absent("quality.labels", quality.labels)] if quality and not Path(quality.labels).is_file() else []
+
+
+def _label_faults(config: CleanConfig) -> list[Fault]:
+    """Labels that are not there, or whose first row is none."""
+    from data.clean_quality import read_labels
+
+    faults = _absent_labels(config)
+    return faults or (first_fault(read_labels(config.quality)) if config.quality else [])
 
 
 def _unknown_sources(config: CleanConfig) -> list[Fault]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -56,6 +56,9 @@ class PretrainConfig(TrainingConfig):
     data_workers: int = operational(0, ge=0, le=256)
     """Processes of each rank that read and tokenize a stream, each lanes of its own, ``prefetch_steps`` ahead; the rows
     are the same. 0 reads in the rank's own process; shards need none."""
+    passes: dict[str, Annotated[int, Field(ge=1, le=1_000_000)]] = operational({})
+    """How often sources of a stream may be read, by name, over what its stage says (``on_end: fail`` alone). No row
+    before an end depends on it, so that a run that came to one goes on when it is raised."""
     max_epochs: float = operational(4.0, gt=0, le=1e6)
     """Passes over any source that the plan may ask for; more is refused before the first step, never cut short
     (``cap_epochs`` takes its place)."""
@@ -85,11 +88,14 @@ class Pretrain(Stage):
 
     @classmethod
     def check_parents(cls, config: Any, model: ModelSpec | None, parents: Mapping[str, Path]) -> list[Fault]:
-        """A vocabulary beyond the embedding (K10), a warm start from other shapes, tokenizer or a lower rate (T1)."""
+        """A vocabulary beyond the embedding (K10), a warm start from other shapes, tokenizer or a lower rate (T1), and
+        what the mixture asks of shards that do not have it (T5).
+        """
         from stages.runtime.warm_start import parent_faults
 
         assert model is not None, "check() refuses a recipe without a model"
-        return parent_faults(config, model, parents)
+        faults = parent_faults(config, model, parents)
+        return faults + (mixture_settings.shard_faults(config, parents["data"] / "output") if "data" in parents else [])
 
     @classmethod
     def check_parent_configs(cls, config: Any, parents: Mapping[str, Any]) -> list[Fault]:

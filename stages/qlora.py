@@ -43,10 +43,12 @@ class QLoRA(FinetuneStage):
 
     @classmethod
     def plan(cls, config: Any, model: ModelSpec | None, world_size: int) -> dict[str, Any]:
-        """What supervised fine-tuning plans (of all weights, an upper bound), and the parameters of A and B."""
+        """What supervised fine-tuning plans, of adapters on a four-bit base."""
+        from stages.runtime import qlora_plan
+
         assert model is not None, "check() refuses a recipe without a model"
         trained = qlora_config.adapter_parameters(model, config.adapter)
-        return super().plan(config, model, world_size) | {"adapter_parameters": trained}
+        return qlora_plan.plan(config, model, world_size) | {"adapter_parameters": trained}
 
     def run(self, context: StageContext) -> StageResult:
         """Quantise, prove the adapters, train them, measure, merge both ways, audit, write.

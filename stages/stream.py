@@ -9,11 +9,11 @@ from pydantic import Field
 
 from data.clean_config import DecontaminateConfig
 from data.source_config import FilesSource
-from data.sources import SourceError, check_files, source_revision
+from data.sources import SourceError, check_source, source_revision
 from data.stream_config import StreamSettings
 from model.spec import ModelSpec
 from stages.base import Fault, Input, SourceName, Stage, StageConfig, StageContext, StageResult, later
-from stages.runtime.decontamination import SET_INPUTS, absent_files, file_revisions, open_index, set_line
+from stages.runtime.decontamination import SET_INPUTS, file_faults, file_revisions, open_index, set_line
 from stages.runtime.sources import repeated_names, source_error, unreachable, unreadable
 
 
@@ -56,8 +56,8 @@ class Stream(Stage):
     @classmethod
     def check(cls, config: StreamConfig, model: ModelSpec | None) -> list[Fault]:
         """Repeated names, files that cannot be read, rules and passes that mean nothing here."""
-        faults = repeated_names(config.sources) + unreadable(config.sources, FilesSource, check_files)
-        faults += absent_files(config.decontaminate)
+        faults = repeated_names(config.sources) + unreadable(config.sources, FilesSource, check_source)
+        faults += file_faults(config.decontaminate)
         return faults + [Fault(field, message) for field, message in config.faults()]
 
     @classmethod

@@ -14,7 +14,7 @@ from data.public_tokenizers import origin_faults, revision
 from data.source_config import Package
 from data.tokenizer_config import PublicTokenizer
 from model.spec import ModelSpec
-from stages.base import Fault, Input, Stage, StageConfig, StageContext, StageResult, operational
+from stages.base import Fault, Input, SourceName, Stage, StageConfig, StageContext, StageResult, operational
 
 MIN_VOCAB_SIZE = 320
 FERTILITY_FILE = "fertility.json"
@@ -82,6 +82,25 @@ class Tokenizer(Stage):
             if not 0 < share < float("inf"):
                 faults.append(Fault(f"language_shares.{language}", f"must be positive; got {share}; set its share"))
         return faults
+
+    @classmethod
+    def check_sources(cls, config: TokenizerConfig, sources: Mapping[str, list[str]]) -> list[Fault]:
+        """Shares of languages that the recipe's corpus does not have, or without those that it has."""
+        names = sources.get("corpus", [])
+        languages = {name.language for name in names if isinstance(name, SourceName) and name.language}
+        return _share_faults(config.language_shares, languages) if languages else []
+
+    @classmethod
+    def check_parents(
+        cls, config: TokenizerConfig, model: ModelSpec | None, parents: Mapping[str, Path]
+    ) -> list[Fault]:
+        """The same of a corpus that is there already, from this recipe or elsewhere."""
+        from data.corpus import sources
+
+        if "corpus" not in parents or config.language_shares is None:
+            return []
+        found = sources(parents["corpus"] / "output")
+        return _share_faults(config.language_shares, {source["language"] for source in found})
 
     @classmethod
     def source_revisions(cls, config: TokenizerConfig) -> dict[str, str]:
@@ -189,6 +208,23 @@ def compare(config: TokenizerConfig, tokenizer: Any, corpus: Path, cache: Path) 
         print(f"tokenizer: fertility of {other.name}", flush=True)
         report[other.name] = measure_fertility(open_public(other, cache), corpus)
     return report
+
+
+def _share_faults(shares: Mapping[str, float] | None, languages: set[str]) -> list[Fault]:
+    """Faults of ``language_shares`` against the ``languages`` of a corpus; an empty mapping lacks them all."""
+    if shares is None:
+        return []
+    listed = f"must be a language of the corpus ({', '.join(sorted(languages))})"
+    unknown = [
+        Fault(f"language_shares.{name}", f"{listed}; got {name}; rename or remove it")
+        for name in shares
+        if name not in languages
+    ]
+    missing = [
+        Fault(f"language_shares.{name}", "must be given, since the corpus has that language; got none; set its share")
+        for name in sorted(languages - set(shares))
+    ]
+    return unknown + missing
 
 
 def _takes_published(config: TokenizerConfig) -> bool:

@@ -100,6 +100,14 @@ def test_a_queue_is_not_used_from_inside_an_array_job(tmp_path, queue, monkeypat
         clean(tmp_path / "run", tales(tmp_path / "in"), executor=SLURM)
 
 
+def test_slurm_is_refused_before_a_run_where_there_is_no_queue(tmp_path, monkeypatch):
+    config = Clean.Config.model_validate({"kind": "clean", "sources": [tales(tmp_path / "in")], "executor": SLURM})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (fault,) = Clean.check_reach(config)
+    assert str(fault).startswith("executor.kind: must be local or ray where there is no sbatch; got slurm")
+    assert Clean.check(config, None) == [], "a plan may be made anywhere"
+
+
 def test_ray_is_refused_where_it_is_not_installed(tmp_path, monkeypatch):
     import importlib.util
 

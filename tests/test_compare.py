@@ -14,6 +14,7 @@ from paired_scores import score
 from report_chain import HOSTILE, RECIPE, STAGES, make_chain, run_chain
 
 from pipelines.compare import main, score_lines
+from pipelines.compare_wandb import COLUMNS, difference_rows, suite_lines
 from pipelines.comparison import UnlikeError, beside, mismatches
 from pipelines.comparison import compare as compare_all
 from pipelines.report_sections import _verdict
@@ -273,13 +274,28 @@ def test_offline_both_tables_are_recorded_without_secrets_and_the_report_is_said
     differences, samples = (json.loads(tables[name].read_bytes()) for name in ("differences", "samples"))
     rows = [dict(zip(differences["columns"], row, strict=True)) for row in differences["data"]]
     (row,) = [row for row in rows if row["score"] == "bpb/de"]
-    assert (row["baseline"], row["variant"], row["verdict"], row["n"]) == ("left", "right", "better", 200)
+    assert (row["baseline"], row["variant"], row["verdict"]) == ("left", "right", "better")
+    assert (row["baseline_n"], row["variant_n"], row["n_unit"]) == (200, 200, "documents")
     assert row["low"] < row["difference"] < row["high"] < 0
     assert samples["columns"] == ["sample", "prompt", "decoding", "said by left", "said by right"]
     (english,) = [row for row in samples["data"] if row[0] == "en-cat/greedy"]
     assert english[1:3] == ["What is a cat?", str({"temperature": 0, "top_p": 1, "seed": 17, "max_new_tokens": 64})]
     assert english[3].startswith("A cat is left.")
     assert "A cat is right" not in english[4]
+
+
+def test_the_online_tables_show_what_either_side_counted():
+    values = {"left": {"n": 40, "n_unit": "items", "value": 0.5}, "right": {"n": 31, "n_unit": "items", "value": 0.25}}
+    apart = {"right": {"value": -0.25, "interval": [-0.5, 0.1], "families": 31, "verdict": "within noise"}}
+    score = {"name": "format/stop", "suite": "format", "unit": "share", "better": "higher", "set_hash": "a"}
+    content = {
+        "baseline": "left",
+        "variants": ["left", "right"],
+        "scores": [score | {"values": values, "differences": apart}],
+    }
+    row = dict(zip(COLUMNS, difference_rows(content)[0], strict=True))
+    assert (row["baseline_n"], row["baseline_value"], row["variant_n"], row["value"]) == (40, 0.5, 31, 0.25)
+    assert "40 / 31" in "\n".join(suite_lines(content, "format"))
 
 
 def artifact(home, name):

@@ -153,6 +153,19 @@ def test_zero_stages_share_what_they_say():
     assert {stage: pytest.approx(bytes_, rel=1e-5) for stage, bytes_ in expected.items()} == held
 
 
+def test_one_rank_under_zero1_holds_its_weights_once_and_saves_them_twice():
+    spec = preset("nano_chimera")
+    n = cost.count_parameters(spec).total
+    held = [cost.optimizer_bytes(spec, zero_stage=stage, world_size=1) for stage in range(4)]
+    assert held == [8 * n, 8 * n, 12 * n, 8 * n]
+    assert [cost.checkpoint_bytes(spec, zero_stage=stage) for stage in range(4)] == [12 * n, 16 * n, 16 * n, 12 * n]
+    buffers = [
+        cost.memory_per_gpu(spec, zero_stage=1, world_size=ranks, micro_batch_size=1, seq_len=8).buffers_bytes
+        for ranks in (1, 2)
+    ]
+    assert buffers == [0, 4 * n]
+
+
 def test_memory_adds_up_and_offload_moves_states_to_the_host():
     spec = preset("nano_hybrid")
     sizes = {"world_size": 2, "micro_batch_size": 1, "seq_len": 128}

@@ -86,6 +86,14 @@ def test_the_stage_injects_numbers_and_deepspeed_takes_them(name):
         assert DeepSpeedConfig(alone).gradient_accumulation_steps == 8
 
 
+def test_one_rank_has_nothing_to_overlap():
+    facts = {"zero_optimization": {"stage": 1, "overlap_comm": True, "reduce_bucket_size": 5}}
+    assert engine_config(facts, **NUMBERS)["zero_optimization"]["overlap_comm"] is True
+    alone = engine_config(facts, **(NUMBERS | {"world_size": 1}))["zero_optimization"]
+    assert alone == {"stage": 1, "overlap_comm": False, "reduce_bucket_size": 5}
+    assert facts["zero_optimization"]["overlap_comm"] is True
+
+
 def test_bf16_is_autocast_and_never_a_cast_of_parameters():  # trap K7
     config = engine_config(engine_facts("zero1"), **NUMBERS)
     assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}

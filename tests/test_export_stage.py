@@ -213,12 +213,13 @@ def test_figures_by_hand():
     assert (figures["tokens"], figures["scored_tokens"]) == (2, 1)
 
 
-def test_chunks_of_a_long_window_are_scored_once_each():
-    ids = list(range(150))
-    logits = np.random.default_rng(1).normal(size=(150, 200)).astype(np.float32)
+@pytest.mark.parametrize("count", [2, 64, 65, 128, 129, 150])  # after 64 and 128 the last one stands alone
+def test_chunks_of_a_long_window_are_scored_once_each(count):
+    ids = list(range(count))
+    logits = np.random.default_rng(1).normal(size=(count, 200)).astype(np.float32)
     parity = Parity()
     parity.add(ids, logits, logits)
-    assert (parity.positions, parity.scored) == (150, 149)
+    assert (parity.positions, parity.scored) == (count, count - 1)
     wide = torch.tensor(logits, dtype=torch.float64)
     nats = torch.nn.functional.cross_entropy(wide[:-1], torch.tensor(ids[1:]), reduction="sum")
     assert parity.reference_nats == pytest.approx(float(nats), rel=1e-9)

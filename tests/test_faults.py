@@ -2,7 +2,10 @@
 
 import pytest
 
+from stages.runtime.audit import AuditError
 from stages.runtime.faults import ending_of
+from stages.runtime.guards import TooManySkippedSteps
+from stages.runtime.parity import ParityError
 
 GLOO = "[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:4711: Connection reset by peer. GLHF!"
 
@@ -20,3 +23,11 @@ def test_a_rank_that_died_is_told_as_such_by_the_others(said, tmp_path):
 def test_any_other_failure_keeps_its_own_words(tmp_path):
     ending = ending_of(RuntimeError("shape mismatch in gloo test"), "sft", tmp_path)
     assert ending.lines == ["sft failed: RuntimeError: shape mismatch in gloo test"]
+
+
+@pytest.mark.parametrize("kind", [AuditError, ParityError, TooManySkippedSteps])
+def test_a_stage_that_judges_its_own_work_says_so_in_one_line(kind, tmp_path):
+    ending = ending_of(kind("nothing was learnt; train longer"), "sft", tmp_path)
+    assert ending.lines == ["sft failed: nothing was learnt; train longer"]
+    assert (ending.code, ending.quiet) == (1, True)
+    assert "nothing was learnt" in ending.traceback  # kept for the log

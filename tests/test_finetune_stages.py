@@ -28,6 +28,14 @@ def test_two_ranks_stopped_then_killed_and_resumed_are_the_uninterrupted_two(see
     assert found["differences"] == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(CASES))
+def test_two_ranks_under_zero1_too(kind, tmp_path):  # trap T6
+    found = campaign(kind, tmp_path / kind, "zero1")["two_ranks_zero1"]
+    assert found["codes"] == [0, SAVED, KILLED, 0], found
+    assert found["differences"] == []
+
+
 def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_found_and_the_one_before_is_taken(seen):  # trap O2
     assert seen["flips"] == []
 

@@ -30,8 +30,9 @@ def layer(inputs=64, outputs=48):
     return plain
 
 
-def test_output_and_gradients_are_products_of_rounded_operands():
-    linear, x, d_y = layer(), drawn(2, 16, 64).requires_grad_(), drawn(2, 16, 48, scale=1e-4)
+@pytest.mark.parametrize("outputs", [48, 43])
+def test_output_and_gradients_are_products_of_rounded_operands(outputs):
+    linear, x, d_y = layer(64, outputs), drawn(2, 16, 64).requires_grad_(), drawn(2, 16, outputs, scale=1e-4)
     y = linear(x)
     y.backward(d_y)
     rows, weight = rounded(x.detach().flatten(0, 1), fp8.FORWARD), rounded(linear.weight.detach(), fp8.FORWARD)
@@ -61,6 +62,15 @@ def test_magnitudes_of_gradients_do_not_matter():
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("columns", [128, 96])
+def test_the_cast_does_not_depend_on_how_the_largest_number_is_sought(columns):
+    x = drawn(48, columns)
+    x[17, 70] = -9.0
+    for got, expected in zip(fp8.cast_both(x, fp8.FORWARD, by_rows=False), fp8.cast_both(x, fp8.FORWARD), strict=True):
+        assert torch.equal(got.float(), expected.float())
+    assert got == torch.tensor(9.0) / 448
+
+
 def test_zeros_give_zeros_and_nan_is_not_hidden():
     linear = layer()
     assert torch.equal(linear(torch.zeros(16, 64)), torch.zeros(16, 48))
@@ -81,9 +91,13 @@ def test_rows_that_tensor_cores_cannot_take_are_refused():
 
 
 def test_autocast_decides_the_dtype():
+    linear = layer()
     with torch.autocast("cpu", torch.bfloat16):
-        y = layer()(drawn(16, 64))
+        y = linear(drawn(16, 64))
     assert y.dtype == torch.bfloat16
+    y.backward(drawn(16, 48).bfloat16())
+    gradient = linear.weight.grad
+    assert not torch.equal(gradient, gradient.bfloat16().float()), "the weight's gradient is as precise as the weight"
 
 
 def test_conversion_takes_large_plain_layers_alone_and_keeps_names():
@@ -92,7 +106,7 @@ def test_conversion_takes_large_plain_layers_alone_and_keeps_names():
             "large": nn.Linear(1024, 2048, bias=False),
             "residual": ResidualProjection(2048, 1024),
             "small": nn.Linear(1024, 64, bias=False),
-            "odd": nn.Linear(1024, 1030, bias=False),
+            "odd": nn.Linear(1030, 1024, bias=False),
         }
     )
     names = list(blocks.state_dict())
@@ -115,3 +129,37 @@ def test_a_compiled_layer_gives_the_same():
     y.sum().backward()
     assert torch.equal(y, plain)
     assert torch.equal(linear.weight.grad, expected)
+
+
+def test_kept_casts_are_used_until_they_are_dropped(monkeypatch):
+    linear, x = layer(), drawn(16, 64)
+    model, expected = nn.Sequential(linear), linear(x)
+    casts = []
+    monkeypatch.setattr(
+        fp8, "cast_both", lambda *given, real=fp8.cast_both, **how: casts.append(given) or real(*given, **how)
+    )
+    fp8.keep_casts(model, torch.float32)
+    with torch.no_grad():
+        linear.weight *= 2.0
+    for _ in range(2):
+        fp8.keep_casts(model, torch.float32)
+        assert torch.equal(linear(x), expected), "the weight that was cast"
+    assert len(casts) == 1 + 2, "the weight once, its input twice"
+    fp8.drop_casts(model)
+    assert torch.equal(linear(x), 2 * expected), "the weight as it is now"
+
+
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
+def test_a_compiled_layer_takes_kept_casts_too():
+    linear, x = layer(), drawn(16, 64)
+    linear.compile(fullgraph=True, backend="aot_eager")
+    plain = linear(x)
+    fp8.keep_casts(linear, torch.float32)
+    y = linear(x)
+    y.sum().backward()
+    assert torch.equal(y, plain)
+    with torch.no_grad():
+        linear.weight *= 2.0
+    fp8.drop_casts(linear)
+    fp8.keep_casts(linear, torch.float32)
+    assert torch.equal(linear(x), 2 * plain)

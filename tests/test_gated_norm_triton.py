@@ -23,7 +23,7 @@ def draw(*shape: int, scale: float = 1.0) -> Tensor:
 def test_the_gated_norm_is_the_layers(n_groups, monkeypatch):
     norm = kernels("gated_norm_triton")
     # Programs that share out the rows unevenly; groups of 24 and 12 are no powers of two.
-    monkeypatch.setattr(norm, "ROWS", 4)
+    monkeypatch.setattr(norm, "CHANNELS_AT_ONCE", 3 * BATCH * 32)
     y, z, d_out = draw(BATCH, TIME, WIDTH), draw(BATCH, TIME, WIDTH + 9, scale=2)[..., 3 : 3 + WIDTH], draw(2, 7, WIDTH)
     layer = GatedRMSNorm(WIDTH, n_groups, EPS).double()
     layer.weight.data = draw(WIDTH).double()

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from report_chain import STAGES, make_chain, run_chain
 
-from pipelines import lineage
+from pipelines import compare, lineage, report
 from pipelines.launch import run_all, together
 from pipelines.run import main, parse, stages_argv
 from stages.base import ConfigError
@@ -243,3 +243,25 @@ def test_a_gate_against_an_evaluation_is_answered_with_the_model_that_it_measure
     code, _, err = run("--stage", "judge-tuned", "--set", f"judge-tuned.gates={gate}")
     assert code == 2
     assert "got 'judge-base'; set base, which judge-base measures" in err
+
+
+def test_a_damaged_record_of_gates_is_told_by_whoever_reads_it_and_hides_nothing_else(home, run, capsys):
+    assert run("--stage", "judge-base")[0] == 0
+    assert run("--stage", "judge-tuned")[0] == 1
+    record = next((home / "runs" / "toy").glob("judge-tuned-*/gates.json"))
+    record.write_text("{broken")
+    said = f"{record.resolve()} must hold judgements and overrides; JSONDecodeError: "
+    code, out, _ = run("--plan")
+    assert code == 0
+    assert f"note: judge-tuned: its gates cannot be judged: {said}" in out
+    assert "left to do: ship" in out
+    for name, command in {"compare": compare, "report": report}.items():
+        variants = ["base", "tuned"] if name == "compare" else []
+        assert command.main([*variants, "--pipeline", "toy.yaml", "--runs", "runs"], STAGES) == 0
+        assert said in capsys.readouterr().err, name
+    for argv in (["--stage", "ship"], ["--stage", "judge-tuned"], ["--all"]):
+        code, _, err = run(*argv)
+        assert code == 1
+        assert f"judge-tuned: its gates cannot be judged: {said}" in err, argv
+    assert lineage.main(["verify", "judge-tuned", "--runs", "runs"]) == 1
+    assert f"FAULT {said}" in capsys.readouterr().err

@@ -18,6 +18,8 @@ from model.block import Block
 from model.boundaries import Layout, resolve_layout
 from model.kernels import ssd_triton
 from model.kernels.gla import gla_scan
+from model.kernels.gla_core import gla_core
+from model.kernels.limits import absent_packages
 from model.mixers import MIXERS, Mixer, attention, gla, mamba2
 
 pytestmark = pytest.mark.gpu
@@ -43,7 +45,7 @@ EDGES = torch.tensor(LENGTHS).cumsum(0)[:-1].tolist()
 LAYOUTS: dict[str, dict[str, Tensor]] = {
     "dense": {},
     "packed": {"seq_idx": packed_ids(LENGTHS, BATCH)},
-    "left_padded": {"attention_mask": (torch.arange(TIME) >= torch.tensor([[0], [61]])).long()},
+    "left_padded": {"attention_mask": (torch.arange(TIME) >= torch.tensor([[0], [64]])).long()},
 }
 RUNS = [
     (name, kernel, how)
@@ -52,7 +54,8 @@ RUNS = [
     for how in LAYOUTS
     # What these do not take goes through torch by rule, which the CPU tests compare.
     if not (kernel == "sdpa_cudnn" and ("window" in spec or how != "dense"))
-    if not (kernel == "varlen" and "global_tokens" in spec)
+    if not (kernel in ("varlen", "flash_attn") and "global_tokens" in spec)
+    if not absent_packages(kernel)
     if not (spec["mixer"] == "attention" and how == "left_padded")
 ]
 each_run = pytest.mark.parametrize(("name", "kernel", "how"), RUNS)
@@ -136,6 +139,8 @@ def faults(
     wanted = results(mixer, "reference", given, torch.float64)
     ours = gaps(results(mixer, kernel, given if told is None else told, torch.bfloat16), wanted, edges)
     core = gaps(results(mixer, "torch", given, torch.bfloat16), wanted, edges)
+    # A document's first output is (q k) v, and normalised: where q k is next to nothing, its gradient is all rounding.
+    assert max(core.values()) < TOLERANCE, "these inputs measure nothing"
     print(f"\n{kernel}: worst {max(ours.values()):.4f}, torch core in bf16 {max(core.values()):.4f}")
     return {name: f"{gap:.4f} over {core[name]:.4f}" for name, gap in ours.items() if not gap < TOLERANCE + core[name]}
 
@@ -175,9 +180,12 @@ FAULTS = [
     ("mamba2-groups-128x64", "triton", ssd_triton, "ssd_forward", 1, 2),
     ("mamba2-groups-128x64", "triton", ssd_triton, "ssd_forward", 3, 2),
     ("mamba2-groups-128x64", "triton", ssd_triton, "ssd_forward", 4, 3),
-    ("gla-128", "fla", gla, "gla_by_fla", 3, 3),
-    ("gla-128", "fla", gla, "gla_by_fla", 3, 2),
-    ("gla-128", "fla", gla, "gla_by_fla", 1, 1),
+    # Decays of another channel, then of another head; keys of another token.
+    *(
+        ("gla-128", kernel, gla, f"gla_by_{kernel}", *at)
+        for kernel in ("fla", "triton")
+        for at in ((3, 3), (3, 2), (1, 1))
+    ),
     ("attention-128", "sdpa_cudnn", attention, "attend_cudnn", 1, 1),
     ("attention-64-window", "varlen", attention, "attend_varlen", 1, 2),
     ("attention-128-globals", "flex", attention, "attend_flex", 1, 2),
@@ -208,8 +216,9 @@ def test_a_backward_kernel_that_is_handed_something_else_is_caught(room, call, p
     assert not any(name.startswith("output") for name in found)
 
 
-def test_gradients_are_the_same_bits_each_time():
-    mixer = mixer_of("mamba2-64x128")
+@pytest.mark.parametrize("name", ["mamba2-64x128", "gla-128"])
+def test_gradients_are_the_same_bits_each_time(name):
+    mixer = mixer_of(name)
     first, again = (results(mixer, "triton", LAYOUTS["packed"], torch.bfloat16) for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
 
@@ -230,8 +239,8 @@ def test_a_document_leaves_no_trace_in_another(name, kernel, how):  # trap K3
         assert (after - before)[:, kept].norm() <= allowed * before[:, kept].norm()
 
 
-COMPILED = [(name, "auto") for name in ("gla-128", "attention-128", "attention-64-window", "attention-128-globals")] + [
-    ("mamba2-64x128", kernel) for kernel in MIXERS["mamba2"].kernels
+COMPILED = [(name, "auto") for name in ("attention-128", "attention-64-window", "attention-128-globals")] + [
+    (name, kernel) for name in ("mamba2-64x128", "gla-128") for kernel in MIXERS[name.partition("-")[0]].kernels
 ]
 
 
@@ -277,10 +286,10 @@ def test_operators_keep_their_promises_to_the_compiler():
         )),
         # 2 x 256 channels inside, B and C of 128 each, 4 heads of 64.
         (mamba2.mamba2_core, (draw(1, 100, 772), draw(512, 4, half=False), *vectors, ids, None, 64, 128, 1, 1e-5)),
-        (gla_scan, (
+        *((scan, (
             draw(1, 100, 2, 64), draw(1, 100, 2, 64), draw(1, 100, 2, 128), draw(1, 100, 2, 64, half=False),
             edges, 0.125,
-        )),
+        )) for scan in (gla_scan, gla_core)),
     ]  # fmt: skip
     for operator, arguments in calls:
         torch.library.opcheck(

@@ -75,6 +75,10 @@ def gla_by_fla(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, edges: Tensor
     return gla.gla_recurrence(*parts, rows, None, 64)[0].view(v.shape)
 
 
+def gla_by_triton(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, edges: Tensor | None, scale: float) -> Tensor:
+    return gla_by_fla(q, k, v, log_decay, edges, scale)
+
+
 def numbers(edges: Tensor) -> Tensor:
     """Which document each token belongs to."""
     return torch.searchsorted(edges[1:].long(), torch.arange(int(edges[-1])), right=True)
@@ -89,6 +93,10 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, window: int | 
     distance = torch.arange(TIME)[:, None] - torch.arange(TIME)
     seen = (distance >= 0) & (distance < (window or TIME)) & (ids[:, :, None] == ids[:, None, :])
     return attention.attend_by_query(q, k, v, seen[:, None])
+
+
+def attend_flash(q: Tensor, k: Tensor, v: Tensor, edges: Tensor, window: int | None) -> Tensor:
+    return attend_varlen(q, k, v, edges, window)
 
 
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask) -> Tensor:
@@ -110,8 +118,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for room, stand_ins in (
         (mamba2, (mamba2_core, conv_silu, ssd_scan)),
-        (gla, (gla_by_fla,)),
-        (attention, (attend_cudnn, attend_varlen, attend_flex)),
+        (gla, (gla_by_fla, gla_by_triton)),
+        (attention, (attend_cudnn, attend_varlen, attend_flash, attend_flex)),
     ):
         for stand_in in stand_ins:
             put(room, stand_in)
@@ -140,16 +148,16 @@ def outcome(mixer: Mixer, backend: str, rows: Layout) -> dict[str, Tensor]:
 def expected(case: Case, kernel: str, how: str) -> list[str]:
     """Which stand-ins the docstrings of the mixers promise for a call."""
     if kernel == "triton":
-        return ["mamba2_core"]
+        return ["gla_by_triton" if case.spec["mixer"] == "gla" else "mamba2_core"]
     if kernel == "mamba_ssm":
         return ["conv_silu", "ssd_scan"]
     if kernel == "fla":
         return ["gla_by_fla"]
     windowed, globals_too = "window" in case.spec, "global_tokens" in case.spec
     by_rule = how == "left_padded" or (kernel == "sdpa_cudnn" and (windowed or how == "packed"))
-    if by_rule or (kernel == "varlen" and globals_too):
+    if by_rule or (kernel in ("varlen", "flash_attn") and globals_too):
         return []
-    return [{"sdpa_cudnn": "attend_cudnn", "varlen": "attend_varlen", "flex": "attend_flex"}[kernel]]
+    return ["attend_" + {"sdpa_cudnn": "cudnn", "flash_attn": "flash"}.get(kernel, kernel)]
 
 
 @pytest.mark.parametrize("how", ROWS)

@@ -39,9 +39,10 @@ def test_presets_are_fast_where_everything_is_installed(name, monkeypatch):
 
 def test_a_slow_layer_is_named_with_its_mixer_and_what_is_missing(monkeypatch):
     model = preset("nano_helix")  # mamba2, three gla, local
-    found = slow_on_hopper(monkeypatch, model, "fla")
+    assert slow_on_hopper(monkeypatch, model, "fla") == {}
+    found = slow_on_hopper(monkeypatch, model, "fla", "triton")
     assert found.keys() == {"gla"}
-    assert "in layers 1, 2, 3 (gla); fla needs fla, not installed" in found["gla"]
+    assert "in layers 1, 2, 3 (gla); triton needs triton, not installed; fla needs fla, not installed" in found["gla"]
     both = slow_on_hopper(monkeypatch, model, "causal_conv1d", "triton")
     assert "triton needs triton" in both["mamba2"]
     assert "mamba_ssm needs causal_conv1d, not installed" in both["mamba2"]
@@ -52,7 +53,7 @@ def test_a_slow_layer_is_named_with_its_mixer_and_what_is_missing(monkeypatch):
     [
         (with_mixer("gla", backend="torch"), {}, "gla", "torch is none for packed rows; set auto"),
         (with_mixer("local", global_tokens=0, window=None, backend="sdpa_cudnn"), {}, "local", "none for packed rows"),
-        (with_mixer("gla", chunk_size=32), {}, "gla", "chunk_size must be one of [64] for backend fla; got 32"),
+        (with_mixer("gla", head_k_dim=32), {}, "gla", "head_k_dim must be one of [64, 128] for backend fla; got 32"),
         (preset("nano_helix"), {"precision": "fp32"}, "local", "flex takes half precision, and precision is fp32"),
         (preset("nano_helix"), {"capability": (8, 0)}, "mamba2", "mamba_ssm is not tested on compute capability 8.0"),
     ],

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from model_cases import CASES, Case, layout_of, packed_ids, tiny_mixer, tiny_model, tokens
 from pydantic import ValidationError
+from torch.nn import functional
 from torch.nn.attention.flex_attention import create_mask
 
 from model.block import compile_parts
@@ -182,24 +184,31 @@ def test_document_edges_lay_the_rows_end_to_end():
     assert numbers.tolist() == [[0, 0, 1, 1, 1, 2], [0, 1, 1, 1, 1, 1]]
 
 
-@pytest.mark.parametrize("lengths", [None, [7, 1, 40, 112], [160]])
-@pytest.mark.parametrize(("window", "global_tokens"), [(None, 0), (5, 0), (16, 3), (500, 4)])
-def test_visible_blocks_are_the_mask(lengths, window, global_tokens):  # trap K3
-    layout = layout_of(2, 160, **({} if lengths is None else {"seq_idx": packed_ids(lengths, 2)}))
+@pytest.mark.parametrize("rows", [
+    {},
+    {"seq_idx": packed_ids([7, 1, 40, 552], 2)},
+    {"seq_idx": torch.stack([packed_ids([130, 470])[0], packed_ids([256, 128, 216])[0]])},
+    {"position_ids": (torch.arange(600) + 3)[None].expand(2, -1)},
+    {"position_ids": torch.cat([torch.arange(5, 300), torch.arange(2, 307)])[None].expand(2, -1)},
+], ids=["whole", "packed", "two rows", "later positions", "documents that begin later"])  # fmt: skip
+@pytest.mark.parametrize(("window", "global_tokens"), [(None, 0), (2, 0), (16, 3), (200, 130), (2000, 4)])
+def test_visible_blocks_are_the_mask(rows, window, global_tokens):  # trap K3
+    layout = layout_of(2, 600, **rows)
     blocks = visible_blocks(layout, window, global_tokens)
-    mask = create_mask(blocks.mask_mod, 2, 1, 160, 160, device="cpu")
+    mask = create_mask(blocks.mask_mod, 2, 1, 600, 600, device="cpu")
     wanted = layout.attention_mask(window, global_tokens)
-    wanted = torch.ones(160, 160).tril().bool() if wanted is None else wanted
-    assert torch.equal(mask, wanted.expand(2, 1, 160, 160))
-    # What the blocks leave out holds nothing to see.
-    kept = torch.zeros(2, 2, 2, dtype=torch.bool)
-    dense = blocks.to_dense().expand(2, 1, 2, 2)[:, 0].bool()
-    for row in range(2):
-        for q_block in range(2):
-            for k_block in range(2):
-                part = mask[row, 0, 128 * q_block : 128 * (q_block + 1), 128 * k_block : 128 * (k_block + 1)]
-                kept[row, q_block, k_block] = part.any()
-    assert torch.equal(dense, kept)
+    wanted = torch.ones(600, 600).tril().bool() if wanted is None else wanted
+    assert torch.equal(mask, wanted.expand(2, 1, 600, 600))
+    tiles = functional.pad(mask[:, 0], (0, 40, 0, 40)).unflatten(2, (5, 128)).unflatten(1, (5, 128)).transpose(2, 3)
+    # What the blocks leave out holds nothing to see, and what needs no mask is seen whole.
+    assert torch.equal(blocks.to_dense().expand(2, 1, 5, 5)[:, 0].bool(), tiles.flatten(3).any(3))
+    whole = torch.zeros(2, 5, 5, dtype=torch.bool)
+    for row, query in itertools.product(range(2), range(5)):
+        at = (row % blocks.shape[0], 0, query)
+        whole[row, query, blocks.full_kv_indices[at][: blocks.full_kv_num_blocks[at]].long()] = True
+    assert not (whole & ~tiles.flatten(3).all(3)).any()
+    if global_tokens == 0:
+        assert torch.equal(whole, tiles.flatten(3).all(3))
 
 
 def test_document_edges_grow_by_doubling():

@@ -53,7 +53,7 @@ OPERATIONAL = {
     "stream": {"sources.path", "sources.streaming", "decontaminate.files.path", "decontaminate.unchecked"},
     "pretrain": {
         "micro_batch_size", "deepspeed", "activation_checkpointing", "compile", "max_epochs", "prefetch_steps",
-        "data_workers",
+        "data_workers", "passes",
         "eval_every_steps", "eval_batch_size", "checkpoint_every_steps", "keep_checkpoints", "log_every_steps",
         "rewarm", "guards.max_skipped_in_a_row", *ALARMS,
     },

@@ -324,8 +324,8 @@ def test_a_vocabulary_beyond_the_embedding_is_refused(tmp_path, tokens):  # trap
 def test_what_does_not_fit_the_datas_sources_is_named_by_the_field_that_asks_for_it(tmp_path, tokens):
     with pytest.raises(ConfigError) as refused:
         run(tmp_path, tokens, mixture={"en": 1.0, "fr": 1.0})
-    assert [fault.path for fault in refused.value.faults] == ["pretrain.mixture.fr", "pretrain.mixture.de"]
-    with pytest.raises(ConfigError, match=r"pretrain\.max_epochs: must cover .*; got 0\.01; lower mixture\.de"):
+    assert [fault.path for fault in refused.value.faults] == ["mixture.fr", "mixture.de"]
+    with pytest.raises(ConfigError, match=r"max_epochs: must cover .*; got 0\.01; lower mixture\.de"):
         run(tmp_path, tokens, max_epochs=0.01)
 
 

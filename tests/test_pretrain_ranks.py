@@ -271,12 +271,18 @@ def test_every_rank_saves_and_takes_up_its_own_random_stream(two_ranks):  # trap
     assert two_ranks[0]["random"] != two_ranks[1]["random"]
 
 
-def test_a_checkpoint_of_two_ranks_is_refused_on_one(two_ranks, folder, tokens):
-    from stages.pretrain import Pretrain
+def test_an_off_loaded_checkpoint_of_two_ranks_is_refused_on_one():
+    from types import SimpleNamespace
 
-    facts = {"deepspeed": "zero1", "precision": "bf16", "max_steps": STEPS, "micro_batch_size": 1}
-    with pytest.raises(ConfigError, match=r"was saved by 2 ranks.*start 2 ranks"):
-        Pretrain().run(context(folder / "zero1", tokens, **facts))
+    from stages.runtime import ds_config
+    from stages.runtime.pretraining import Pretraining
+
+    run = Pretraining.__new__(Pretraining)
+    run.engine, run.engine_config = SimpleNamespace(zero_stage=3), ds_config.engine_facts("zero3_cpu_offload")
+    with pytest.raises(ConfigError, match=r"was saved by 2 ranks, off-loaded.*got 1; start 2 ranks"):
+        run._check_shape(4, {"world_size": 2, "zero_stage": 3})
+    run.engine_config = ds_config.engine_facts("zero3")
+    run._check_shape(4, {"world_size": 2, "zero_stage": 3})
 
 
 def test_rows_that_do_not_divide_over_the_ranks_are_refused():

@@ -62,6 +62,7 @@ def text(chain):
 def test_the_command_writes_the_page_beside_the_artifacts(tmp_path, capsys):
     chain = make_chain(tmp_path)
     path = chain.runs / "toy" / "report" / "index.html"
+    chain.runs.mkdir()
     assert main(["--pipeline", str(chain.runs.parent / "toy.yaml"), "--runs", str(chain.runs)], STAGES) == 0
     assert capsys.readouterr().out.strip() == str(path)
     assert path.read_text(encoding="utf-8").startswith("<!doctype html>")

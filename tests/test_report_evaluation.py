@@ -140,6 +140,7 @@ def test_the_report_is_left_alone_until_something_that_it_shows_changes(tmp_path
     argv = ["--pipeline", str(tmp_path / "toy.yaml"), "--runs", str(chain.runs)]
     from report_scores import STAGES
 
+    chain.runs.mkdir()
     assert main(argv, STAGES) == 0
     path = chain.runs / "toy" / "report" / "index.html"
     before = path.stat().st_mtime_ns
@@ -161,7 +162,7 @@ def test_gates_that_cannot_be_read_become_a_notice(tmp_path):
     scores = next((chain.runs / "toy").glob("look-tuned-*")) / "output" / "scores.json"
     # Of the same size, or the artifact were called damaged before it is read.
     scores.write_text("[".ljust(scores.stat().st_size))
-    assert "the gates cannot be judged" in report_text(chain, MADE)
+    assert "look-tuned: its gates cannot be judged" in report_text(chain, MADE)
 
 
 def test_ticks_are_round_and_within():

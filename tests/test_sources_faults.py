@@ -128,6 +128,28 @@ def test_bad_lines_are_counted_by_rule_with_what_was_found(tmp_path):
     assert found["too_large"]["origin"] == "b.jsonl:7"
     assert found["too_large"]["detail"] == "100,000,000 bytes, more than max_document_bytes 1,000,000"
     assert found["invalid_utf8"]["detail"] == "byte 0xff at 10"
+    (row,) = report(corpus)["funnel"]
+    assert {rule: tally["bytes"] for rule, tally in row["dropped"].items()} == {
+        "bad_row": len('{"other": 1}') + len('"text"') + len('{"text": 5}'),
+        "invalid_json": len('{"text": '),
+        "invalid_unicode": len("lone xxx surrogate"),
+        "invalid_utf8": len('{"text": "x"}'),
+        "too_large": 100 * MEGABYTE,
+    }
+    assert row["read"]["bytes"] == sum(len(text) for text in good) + sum(x["bytes"] for x in row["dropped"].values())
+
+
+def test_files_that_cannot_be_used_count_with_their_bytes(tmp_path):
+    folder = tmp_path / "in"
+    write_rows(folder / "a.jsonl", invented(9))
+    (folder / "b.txt").write_bytes(b"\xff" * 70)
+    with gzip.open(folder / "c.txt.gz", "wb") as file:
+        file.write(b"x" * 2 * MEGABYTE)
+    (folder / "d.json").write_text("{")
+    corpus = clean(tmp_path / "run", source(folder, max_document_bytes=MEGABYTE))
+    (row,) = report(corpus)["funnel"]
+    counted = {rule: tally["bytes"] for rule, tally in row["dropped"].items()}
+    assert counted == {"invalid_json": 1, "invalid_utf8": 70, "too_large": 2 * MEGABYTE}
 
 
 def test_rows_that_filters_leave_out_are_counted_by_the_field(tmp_path):

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -310,5 +311,18 @@ def test_a_flipped_byte_in_a_parquet_page_with_a_checksum_is_refused_by_name(tmp
         if has_checksums:
             with pytest.raises(SourceError, match=r"must name whole files; got a\.parquet, which .*CRC"):
                 read(tmp_path)
+            with pytest.raises(SourceError, match=r"^/.*a\.parquet is damaged \(.*CRC.*\); fetch it again or move it"):
+                sources_from_directory(tmp_path)
     # Without them nothing tells; docs/sources.md says so.
     assert read(tmp_path)[7].text == "Line 8 of a file."
+
+
+def test_an_archive_of_ones_own_rows_that_breaks_off_within_is_refused_by_name(tmp_path):
+    whole = gzip.compress(
+        b"".join(json.dumps({"text": f"{number} {os.urandom(99).hex()}"}).encode() + b"\n" for number in range(999))
+    )
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(
+        SourceError, match=r"a\.jsonl\.gz is damaged \(after [\d,]+ bytes: .*\); fetch it again or move it"
+    ):
+        sources_from_directory(tmp_path)

@@ -15,7 +15,8 @@ from model_cases import layout_of
 from torch import Tensor
 from triton_cases import kernels
 
-from model.kernels.ssd_triton import Plan, Tiles, plan_for, ssd_backward, ssd_forward
+from model.kernels.ssd_triton import Plan, plan_for, ssd_backward, ssd_forward
+from model.kernels.tiles import Tiles
 from model.mixers.mamba2 import ssd_recurrence
 
 SMALL = Plan(scan=Tiles(width=64), states=Tiles(width=64), size=16, backward_size=16, heads_per_block=2)

@@ -1,6 +1,7 @@
 """Pure streaming: each document once a pass, shares exact, a place that resumes to the bit, ends that are planned."""
 
 import json
+import re
 from collections import Counter
 
 import numpy as np
@@ -22,6 +23,7 @@ from stages import STAGES
 from stages.base import ConfigError, StopRequested
 from stages.pretrain import Pretrain
 from stages.runtime.faults import ending_of
+from stages.runtime.training_data import TrainingData
 from stages.stream import Stream, StreamConfig
 
 T, G = 16, 4
@@ -175,11 +177,14 @@ def test_a_stream_is_read_forward_only(frozen):
 def test_a_source_that_ends_ends_the_run_by_name_unless_it_was_given_more_passes(tmp_path, tokenizer, sources):
     # trap T5
     stream = loader(freeze(tmp_path, tokenizer, sources, passes={"web-en": 9}))
-    with pytest.raises(DataError, match=r"source buch-de ended at step \d+, its pa") as caught:
+    with pytest.raises(DataError) as caught:
         read(stream, 500)
     [(field, message)] = caught.value.faults
-    assert field == "data", "the stage that trains has no passes of its own"
-    assert "(1) done; raise stream.passes.buch-de, set stream.on_end: drop, lower mixture or max_steps" in message
+    assert field == "passes.buch-de"
+    step = int(re.search(r"source buch-de ended at step (\d+) in lane [01] \(of 0 to 1", message)[1])
+    assert message.startswith("must be more than 1: ")
+    assert f"or lower max_steps to {step}; stream.on_end: drop" in message
+    assert len(read(loader(tmp_path), step)) == step, "so long the stream lasts"
 
 
 def test_a_source_that_ends_may_leave_its_rows_to_the_others(tmp_path, tokenizer, sources):
@@ -187,7 +192,7 @@ def test_a_source_that_ends_may_leave_its_rows_to_the_others(tmp_path, tokenizer
     said = []
     folder = freeze(tmp_path, tokenizer, sources, passes={"web-en": 3}, on_end="drop")
     stream = loader(folder, say=said.append)
-    with pytest.raises(DataError, match="max_steps must end before the stream does; every source has ended at step"):
+    with pytest.raises(DataError, match=r"max_steps must be at most \d+: every source .* in lane \d .*stream\.passes"):
         read(stream, 5000)
     ended = Counter(line.split(":")[0] + line.split(":")[1][:10] for line in said)
     assert ended["source buch-de, lane 0 pass 1 of"] == 1
@@ -270,7 +275,10 @@ def test_files_that_changed_since_the_freeze_are_refused(tmp_path, tokenizer):
     folder = freeze(tmp_path / "stream", tokenizer, described)
     with (tmp_path / "text/en/part1.jsonl").open("a") as file:
         file.write('{"text": "late"}\n')
-    with pytest.raises(DataError, match="source web-en had when it was frozen; they changed"):
+    with pytest.raises(
+        DataError,
+        match="the stream was frozen with; those of web-en changed; restore them or run the stage stream again",
+    ):
         loader(folder)
 
 
@@ -337,14 +345,41 @@ def test_pretraining_on_a_stream_stopped_and_resumed_is_the_uninterrupted_run(tm
     assert losses == whole.of("train", "loss_nats_per_token")
 
 
-def test_a_stream_that_ends_is_told_by_the_name_of_the_stage_that_has_the_passes(tmp_path, tokenizer, sources):
+def test_a_run_whose_stream_ended_goes_on_with_more_passes_as_if_it_had_them_from_the_start(
+    tmp_path, tokenizer, sources
+):
+    # traps T5, T6
+    from test_pretrain import weights
+
     folder = freeze(tmp_path / "stream", tokenizer, sources, passes={"web-en": 9})
-    asked = {**STREAMED, "data": "fluss", "max_steps": 500}
+    asked = {**STREAMED, "data": "fluss", "max_steps": 30, "checkpoint_every_steps": 4}
+    more = {**asked, "passes": {"buch-de": 9}}
     with pytest.raises(DataError) as caught:
         Pretrain().run(context(tmp_path / "run", folder, **asked))
     (line,) = ending_of(caught.value, "pretrain", tmp_path).lines
-    assert line.startswith("pretrain.data: must last as long as the run; source buch-de ended at step ")
-    assert "raise fluss.passes.buch-de, set fluss.on_end: drop" in line
+    assert line.startswith("pretrain.passes.buch-de: must be more than 1: source buch-de ended at step ")
+    assert "fluss.on_end: drop, or more text, would be another stream, on which it begins anew" in line
+    assert Pretrain.key_config(context(tmp_path / "k", folder, **more).config) == Pretrain.key_config(
+        context(tmp_path / "k", folder, **asked).config
+    )
+    resumed = Log()
+    Pretrain().run(context(tmp_path / "run", folder, tracker=resumed, **more))
+    assert [row["step"] for row in resumed.rows if row["event"] == "resume"] != [0]
+    Pretrain().run(context(tmp_path / "whole", folder, **more))
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+def test_passes_that_mean_nothing_to_the_run_are_refused(tmp_path, tokenizer, sources, frozen):
+    from tiny_run import make_tokens
+
+    dropping = freeze(tmp_path / "drop", tokenizer, sources, on_end="drop")
+    for folder, passes, message in (
+        (frozen, {"web": 2}, "passes.web: must name one of the sources web-en, buch-de; got web; rename it"),
+        (dropping, {"web-en": 2}, "passes: must be left out where the stream drops what ends"),
+        (make_tokens(tmp_path / "tokens"), {"en": 2}, "passes: must be left out with shards, whose passes max_epochs"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            TrainingData(context(tmp_path / "run", folder, **{**STREAMED, "mixture": None}, passes=passes))
 
 
 def test_whole_packing_of_a_stream_is_refused_by_name(tmp_path, frozen):

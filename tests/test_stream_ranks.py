@@ -16,7 +16,7 @@ from stages.runtime.training_data import TrainingData
 MIXTURE = {"web-en": 1.0, "buch-de": 1.0}
 
 
-def train(directory: Path, stream: Path, stop_at: int | None) -> dict[int, float]:
+def train(directory: Path, stream: Path, stop_at: int | None, workers: int = 0) -> dict[int, float]:
     """Losses by step of one attempt; rank 0 asks to stop once ``stop_at`` was logged."""
     from stages.pretrain import Pretrain
     from stages.runtime import distributed
@@ -28,7 +28,8 @@ def train(directory: Path, stream: Path, stop_at: int | None) -> dict[int, float
                 (directory / "STOP").touch()
 
     tracker = Tracker()
-    at = context(directory, stream, tracker=tracker, mixture=MIXTURE, precision="fp32", micro_batch_size=1)
+    asked = {"mixture": MIXTURE, "precision": "fp32", "micro_batch_size": 1, "data_workers": workers}
+    at = context(directory, stream, tracker=tracker, **asked)
     try:
         Pretrain().run(at)
     except StopRequested:
@@ -46,8 +47,8 @@ def stream(tmp_path_factory):
     return freeze(root, make_tokenizer(root / "tokenizer"), described, passes={"web-en": 9, "buch-de": 9})
 
 
-def on(world_size, directory, stream, stop_at=None):
-    found = Ranks(world_size, train, directory, stream, stop_at).results(timeout_s=240)
+def on(world_size, directory, stream, stop_at=None, workers=0):
+    found = Ranks(world_size, train, directory, stream, stop_at, workers).results(timeout_s=240)
     assert all(isinstance(losses, dict) for losses in found), found
     return found[0]
 
@@ -59,6 +60,10 @@ def test_two_ranks_stopped_and_resumed_train_as_two_undisturbed(tmp_path, stream
     assert parts == whole
     files = [tmp_path / name / "output.tmp" / "model.safetensors" for name in ("whole", "parts")]
     assert files[0].read_bytes() == files[1].read_bytes()
+    # The same rows by processes of each rank, stopped and resumed, and then gone on with without them.
+    read_by = on(2, tmp_path / "workers", stream, 2, 2) | on(2, tmp_path / "workers", stream, 4, 1)
+    assert read_by | on(2, tmp_path / "workers", stream) == whole
+    assert (tmp_path / "workers" / "output.tmp" / "model.safetensors").read_bytes() == files[0].read_bytes()
 
 
 def test_ranks_that_do_not_divide_the_lanes_are_refused(tmp_path, stream, monkeypatch):

@@ -23,12 +23,12 @@ def group():
     return torch.distributed.group.WORLD
 
 
-def build(engine, monkeypatch=None):
+def build(engine, monkeypatch=None, limit=0.1):
     rng.seed_all(3)
     model = HybridForCausalLM(HybridConfig.from_spec(spec(), eos_token_id=0, pad_token_id=1))
     facts = ds_config.engine_facts(engine)
     settings = ds_config.engine_config(
-        facts, global_batch_size=4, micro_batch_size=2, world_size=1, max_grad_norm=0.1, precision="fp32"
+        facts, global_batch_size=4, micro_batch_size=2, world_size=1, max_grad_norm=limit, precision="fp32"
     )
     if monkeypatch is not None:
         monkeypatch.setattr(zero, "attach", lambda *args: None)
@@ -46,13 +46,29 @@ def steps(wrapped):
     return seen
 
 
+@pytest.mark.parametrize("limit", [0.1, 1e6, 0.0])
 @pytest.mark.parametrize("engine", ["zero1", "zero2"])
-def test_norms_and_clipped_steps_are_deepspeeds_own_to_the_last_bit(engine, monkeypatch):
-    ours = steps(build(engine))
-    theirs = steps(build(engine, monkeypatch))
+def test_norms_and_steps_clipped_or_not_are_deepspeeds_own_to_the_last_bit(engine, limit, monkeypatch):
+    ours = steps(build(engine, limit=limit))
+    theirs = steps(build(engine, monkeypatch, limit))
     for (norm, weights), (expected, others) in zip(ours, theirs, strict=True):
         assert norm == expected > 0.1
         assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True))
+
+
+def test_a_step_within_the_limit_makes_no_pass_over_its_gradients(monkeypatch):
+    wrapped, passes, real = build("zero2", limit=1e6), [], torch._foreach_mul_
+
+    def noted(tensors, factor):
+        passes.append(factor)
+        real(tensors, factor)
+
+    monkeypatch.setattr(torch, "_foreach_mul_", noted)
+    steps(wrapped)
+    assert passes == []
+    steps(build("zero2", limit=0.1))
+    assert len(passes) == 2 * len(wrapped.optimizer.param_groups)
+    assert all(0 < factor < 1 for factor in passes)
 
 
 def test_one_rank_under_zero1_copies_no_gradient_into_buckets():

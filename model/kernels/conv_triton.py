@@ -5,9 +5,9 @@ B batch, T time, C channels, K taps (2 to 4).
     p_t = b + sum_j w_j x_(t - K + 1 + j) over inputs of t's document;  y_t = p_t sigmoid(p_t)
 
 A program takes a block of channels and walks along a stretch of tokens with the last three inputs in registers, so each
-value is read once from memory, but for the three tokens at a stretch's ends. Four tokens are loaded at a time, before
-any is used. Backward computes p again. Sums of weights' gradients go stretch by stretch, then over stretches in one
-fixed order: the same bits each time.
+value is read once from memory, but for the three tokens at a stretch's ends. Tokens are taken four at a time, and those
+to come are on their way meanwhile. Backward computes p again. Sums of weights' gradients go stretch by stretch, then
+over stretches in one fixed order: the same bits each time.
 """
 
 # mypy: allow-untyped-defs
@@ -28,6 +28,8 @@ FORWARD_STRETCH, BACKWARD_STRETCH = 64, 128
 BLOCK = 256
 """Channels a program holds."""
 WARPS = 2
+STAGES = 3
+"""Groups of four tokens in flight: two are on their way to shared memory while one is computed."""
 
 
 def conv_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None, valid: Tensor | None) -> Tensor:
@@ -40,7 +42,7 @@ def conv_silu_forward(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor |
     out = x.new_empty(batch, time, channels)
     conv_silu_kernel[_grid(x, FORWARD_STRETCH)](
         x, weight.contiguous(), bias, seq_idx, valid, out, time, channels, x.stride(0), x.stride(1),
-        taps=weight.shape[1], stretch=FORWARD_STRETCH, block=BLOCK, num_warps=WARPS,
+        taps=weight.shape[1], stretch=FORWARD_STRETCH, block=BLOCK, stages=STAGES, num_warps=WARPS,
     )  # fmt: skip
     return out
 
@@ -64,7 +66,7 @@ def conv_silu_backward(
     conv_silu_backward_kernel[grid](
         d_out, x, weight.contiguous(), bias, seq_idx, valid, d_x, partial, time, channels,
         d_out.stride(0), d_out.stride(1), x.stride(0), x.stride(1), d_x.stride(0), d_x.stride(1),
-        taps=taps, stretch=BACKWARD_STRETCH, block=BLOCK, num_warps=WARPS,
+        taps=taps, stretch=BACKWARD_STRETCH, block=BLOCK, stages=STAGES, num_warps=WARPS,
     )  # fmt: skip
     total = partial.sum(0)
     return total[:taps].t().contiguous(), total[taps].clone()
@@ -153,7 +155,7 @@ def _forward_four(past, given, w, start, seq_idx, out, t, time, channels, inside
 @triton.jit
 def conv_silu_kernel(
     x, weight, bias, seq_idx, valid, out, time, channels, x_batch, x_time,
-    taps: tl.constexpr, stretch: tl.constexpr, block: tl.constexpr,
+    taps: tl.constexpr, stretch: tl.constexpr, block: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
     """y of one stretch of one row, one block of channels."""
     channel = tl.program_id(0) * block + tl.arange(0, block)
@@ -167,11 +169,9 @@ def conv_silu_kernel(
         valid += row * time
     w, start = _weights(weight, bias, channel, inside, taps)
     past = _three_before(x, valid, first, time, x_time, inside)
-    given = _four_tokens(x, valid, first, time, x_time, inside)
-    for i in range(0, stretch, 4):
-        t, now = first + i, given
-        # On their way while these are computed.
-        given = _four_tokens(x, valid, t + 4, time, x_time, inside)
+    for i in tl.range(0, stretch, 4, num_stages=stages):
+        t = first + i
+        now = _four_tokens(x, valid, t, time, x_time, inside)
         if seq_idx is None:
             past = _forward_four(past, now, w, start, None, out, t, time, channels, inside)
         else:
@@ -231,7 +231,7 @@ def _backward_four(
 def conv_silu_backward_kernel(
     d_out, x, weight, bias, seq_idx, valid, d_x, partial, time, channels,
     d_out_batch, d_out_time, x_batch, x_time, d_x_batch, d_x_time,
-    taps: tl.constexpr, stretch: tl.constexpr, block: tl.constexpr,
+    taps: tl.constexpr, stretch: tl.constexpr, block: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
     """Gradients by x of one stretch of a row, one block of channels, and what the stretch adds to those of weights."""
     channel = tl.program_id(0) * block + tl.arange(0, block)
@@ -250,13 +250,10 @@ def conv_silu_backward_kernel(
     past = _three_before(x, valid, first, time, x_time, inside)
     zero = tl.zeros([block], tl.float32)
     sums, d_weights = (zero, zero, zero), (zero, zero, zero, zero, zero)
-    given = _four_tokens(x, valid, first, time, x_time, inside)
-    d_y = _four_tokens(d_out, None, first, time, d_out_time, inside)
-    for i in range(0, stretch, 4):
-        t, now, d_now = first + i, given, d_y
-        # On their way while these are computed.
-        given = _four_tokens(x, valid, t + 4, time, x_time, inside)
-        d_y = _four_tokens(d_out, None, t + 4, time, d_out_time, inside)
+    for i in tl.range(0, stretch, 4, num_stages=stages):
+        t = first + i
+        now = _four_tokens(x, valid, t, time, x_time, inside)
+        d_now = _four_tokens(d_out, None, t, time, d_out_time, inside)
         if seq_idx is None:
             past, sums, d_weights = _backward_four(
                 past, sums, d_weights, now, d_now, w, start, None, valid, d_x, t, first, last, time, d_x_time, inside, 4
@@ -283,7 +280,9 @@ def conv_silu_backward_kernel(
         tl.store(partial + (taps - 4) * channels, d_weights[3], mask=inside)
     tl.store(partial + taps * channels, d_weights[4], mask=inside)
     # The next stretch's first tokens give to our last three.
+    now = _four_tokens(x, valid, first + stretch, time, x_time, inside)
+    d_now = _four_tokens(d_out, None, first + stretch, time, d_out_time, inside)
     _backward_four(
-        past, sums, d_weights, given, d_y, w, start, seq_idx, valid, d_x, first + stretch, first, last, time, d_x_time,
+        past, sums, d_weights, now, d_now, w, start, seq_idx, valid, d_x, first + stretch, first, last, time, d_x_time,
         inside, 3,
     )  # fmt: skip

@@ -1,28 +1,33 @@
 """Attention through windows with global tokens, over packed rows: PyTorch's flex attention and its block masks.
 
-B batch, T time, H query heads, J key and value heads, P head_dim.
+B batch, T time, H query heads, J key and value heads, P head_dim, Q tokens a block, N blocks a row.
+
+Query t sees a key s <= t of its own document that lies in its window, [first window key, t], or among the document's
+global tokens, [document's start, end of the globals). Both are intervals, so which blocks a query reaches, and which it
+sees whole, is told by comparing their borders: nothing of the size T x T is made.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from model.boundaries import Layout
+
+BLOCK_TOKENS = 128
+"""Queries and keys of a block; flex attention's own default."""
 
 
 def visible_blocks(layout: Layout, window: int | None, global_tokens: int) -> BlockMask:
     """``Layout.attention_mask`` of rows without padding as blocks of queries and keys, made once a forward pass."""
     key = ("blocks", window, global_tokens)
     if key not in layout.memo:
-        batch, time = (None, layout.positions.shape[1]) if layout.doc_ids is None else layout.doc_ids.shape
-        sees = _visibility(layout, window, global_tokens)
-        layout.memo[key] = create_block_mask(sees, batch, None, time, time, device=str(layout.positions.device))
+        layout.memo[key] = _visible_blocks(layout, window, global_tokens)
     return layout.memo[key]
 
 
@@ -39,20 +44,58 @@ def _compiled() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def _visibility(layout: Layout, window: int | None, global_tokens: int) -> Callable[..., Tensor]:
-    """Whether query t of row b sees key s, as tensors of indices give it."""
-    doc_ids = layout.doc_ids
-    positions = layout.positions if doc_ids is None else layout.positions.expand_as(doc_ids)
-
-    def near(row: Tensor | int, t: Tensor, s: Tensor) -> Tensor:
-        if window is None:
-            return t >= s
-        distance = positions[row, t] - positions[row, s]
-        return (t >= s) & ((distance < window) | (positions[row, s] < global_tokens))
+def _visible_blocks(layout: Layout, window: int | None, global_tokens: int) -> BlockMask:
+    time = layout.positions.shape[1]
+    ends = (_order(layout) - layout.positions + global_tokens).to(torch.int32)  # where the global tokens end
+    starts, ends = torch.broadcast_tensors(_document_starts(layout), ends)  # (B or 1, T)
 
     def sees(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        if doc_ids is None:
-            return near(0, t, s)
-        return near(b, t, s) & (doc_ids[b, t] == doc_ids[b, s])
+        start, end = (part[0][t] if len(part) == 1 else part[b, t] for part in (starts, ends))
+        causal = (t >= s) & (s >= start)
+        return causal if window is None else causal & ((t - s < window) | (s < end))
 
-    return sees
+    partial, full = _blocks(starts, ends, window)
+    counts_and_indices = (*_listed(partial), *_listed(full))
+    return BlockMask.from_kv_blocks(
+        *counts_and_indices, BLOCK_SIZE=BLOCK_TOKENS, mask_mod=sees, seq_lengths=(time, time)
+    )
+
+
+def _order(layout: Layout) -> Tensor:
+    return torch.arange(layout.positions.shape[1], device=layout.positions.device)
+
+
+def _document_starts(layout: Layout) -> Tensor:
+    """(B or 1, T) int32: the place in the row where a token's document starts."""
+    if layout.doc_ids is None:
+        return torch.zeros_like(layout.positions, dtype=torch.int32)
+    is_start = functional.pad(layout.doc_ids[:, 1:] != layout.doc_ids[:, :-1], (1, 0), value=True)
+    return torch.where(is_start, _order(layout), 0).cummax(1).values.to(torch.int32)
+
+
+def _blocks(starts: Tensor, ends: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """Blocks (B or 1, 1, N, N) of queries and keys seen in part, and those seen whole."""
+    time = starts.shape[1]
+    t = torch.arange(time, device=starts.device)[:, None]
+    first = torch.arange(0, time, BLOCK_TOKENS, device=starts.device)  # (N): each key block's first and last key
+    last = first + BLOCK_TOKENS - 1
+    starts, ends = torch.broadcast_tensors(starts[..., None], ends[..., None])  # (B or 1, T, 1)
+    near = starts if window is None else torch.maximum(starts, t - window + 1)
+    ends = torch.minimum(ends, t + 1)
+    reached = ((near <= last) & (first <= t)) | (torch.maximum(starts, first) < torch.minimum(ends, last + 1))
+    whole = ((near <= first) & (last <= t)) | ((starts <= first) & (last < ends))
+    reached, whole = (_by_query_block(part) for part in (reached, whole))
+    full = whole.all(2)
+    return (reached.any(2) & ~full)[:, None], full[:, None]
+
+
+def _by_query_block(seen: Tensor) -> Tensor:
+    """(B, T, N) to (B, N, Q, N); a last block that is not full is nobody's, so never whole."""
+    return functional.pad(seen, (0, 0, 0, -seen.shape[1] % BLOCK_TOKENS)).unflatten(1, (-1, BLOCK_TOKENS))
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many key blocks each query block sees (B, 1, N), and their indices, those seen first (B, 1, N, N); int32."""
+    seen = blocks.to(torch.int32)
+    order = torch.argsort(seen, dim=-1, descending=True, stable=True)
+    return seen.sum(-1, dtype=torch.int32), order.to(torch.int32)

@@ -20,13 +20,15 @@ from torch import Tensor
 
 from model.kernels.sigmoid_triton import sigmoid
 
-ROWS = 32
-"""Tokens that a program of the backward pass sums over."""
-FORWARD_CHANNELS, BACKWARD_CHANNELS = 1024, 256
+CHANNELS_AT_ONCE = 264 * 4096
+"""That all programs of the backward pass hold: two of 4096 on each of 132 multiprocessors, so that one computes while
+the other waits. Fixed, since it decides the order of sums."""
+FORWARD_CHANNELS, BACKWARD_CHANNELS = 1024, 512
 """Channels that a warp holds."""
-REGISTERS = 64
-"""Of a thread of the backward pass: two programs of 4096 channels share a multiprocessor, and one computes while the
-other waits."""
+BACKWARD_STAGES = 3
+"""Rows in flight: two are on their way while one is computed."""
+REGISTERS = 128
+"""Of a thread of the backward pass, so that two programs share a multiprocessor."""
 
 
 def gated_norm_forward(y: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float) -> Tensor:
@@ -51,13 +53,13 @@ def gated_norm_backward(
     ``d_out`` (B, T, W) is contiguous; the rest is as in ``gated_norm_forward``.
     """
     batch, time, width = y.shape
-    rows = batch * time
-    d_y, programs, block = torch.empty_like(y), triton.cdiv(rows, ROWS), triton.next_power_of_2(width // n_groups)
-    partial = y.new_empty(programs, width, dtype=torch.float32)
-    gated_norm_backward_kernel[(programs, n_groups)](
-        d_out, y, z, weight, d_y, d_z, partial, rows, time, width, width // n_groups,
+    d_y, block = torch.empty_like(y), triton.next_power_of_2(width // n_groups)
+    programs = min(time, max(1, CHANNELS_AT_ONCE // (block * n_groups * batch)))
+    partial = y.new_empty(programs * batch, width, dtype=torch.float32)
+    gated_norm_backward_kernel[(programs, batch, n_groups)](
+        d_out, y, z, weight, d_y, d_z, partial, time, width, width // n_groups,
         z.stride(0), z.stride(1), d_z.stride(0), d_z.stride(1), eps,
-        stretch=ROWS, block=block, num_warps=_warps(block, BACKWARD_CHANNELS), maxnreg=REGISTERS,
+        block=block, stages=BACKWARD_STAGES, num_warps=_warps(block, BACKWARD_CHANNELS), maxnreg=REGISTERS,
     )  # fmt: skip
     return d_y, partial.sum(0)
 
@@ -89,40 +91,37 @@ def gated_norm_kernel(
 
 @triton.jit
 def gated_norm_backward_kernel(
-    d_out, y, z, weight, d_y, d_z, partial, rows, time, width, group_width,
-    z_batch, z_time, d_z_batch, d_z_time, eps, stretch: tl.constexpr, block: tl.constexpr,
+    d_out, y, z, weight, d_y, d_z, partial, time, width, group_width,
+    z_batch, z_time, d_z_batch, d_z_time, eps, block: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
-    """Gradients by y and z of one group of a stretch of rows, and what it adds to that of the weight.
+    """Gradients by y and z of one group of every N-th token of a row, and what they add to that of the weight.
 
-    What a row's two sums need is read again after them, from the nearest cache: held in registers meanwhile it would
-    leave room for one program a multiprocessor, which then waits for each row.
+    Programs (N, B, G). What a token's two sums need stays in registers until they are known.
     """
     column = tl.arange(0, block)
     inside = column < group_width
-    column += tl.program_id(1) * group_width
-    d_scales = tl.zeros([block], tl.float32)
-    first = tl.program_id(0).to(tl.int64) * stretch
-    for i in range(stretch):
-        row = first + i
-        there = inside & (row < rows)
-        z_row = z + (row // time) * z_batch + (row % time) * z_time + column
-        at = row * width + column
-        gate = tl.load(z_row, mask=there, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        gated = tl.load(y + at, mask=there, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        gated *= gate * sigmoid(gate)
-        d_normed = tl.load(d_out + at, mask=there, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        d_normed *= _loaded(weight + column, inside)
-        scale = tl.rsqrt(tl.sum(gated * gated, 0) / group_width + eps)
-        along = tl.sum(d_normed * gated, 0) * scale * scale / group_width
-
-        gate, value, d_normed = _loaded(z_row, there), _loaded(y + at, there), _loaded(d_out + at, there)
+    column += tl.program_id(2) * group_width
+    batch = tl.program_id(1).to(tl.int64)
+    z += batch * z_batch
+    d_z += batch * d_z_batch
+    y += batch * time * width
+    d_y += batch * time * width
+    d_out += batch * time * width
+    scales, d_scales = _loaded(weight + column, inside), tl.zeros([block], tl.float32)
+    for t in tl.range(tl.program_id(0), time, tl.num_programs(0), num_stages=stages):
+        row = tl.cast(t, tl.int64)
+        gate = _loaded(z + row * z_time + column, inside)
+        value = _loaded(y + row * width + column, inside)
+        d_row = _loaded(d_out + row * width + column, inside)
         share = sigmoid(gate)
         opened = gate * share
-        gated = value * opened
-        d_scales += d_normed * gated * scale
-        d_gated = scale * (d_normed * _loaded(weight + column, inside) - gated * along)
-        tl.store(d_y + at, (d_gated * opened).to(d_y.dtype.element_ty), mask=there)
-        d_gate = d_gated * value * share * (1.0 + gate * (1.0 - share))
-        to = d_z + (row // time) * d_z_batch + (row % time) * d_z_time + column
-        tl.store(to, d_gate.to(d_z.dtype.element_ty), mask=there)
-    tl.store(partial + tl.program_id(0).to(tl.int64) * width + column, d_scales, mask=inside)
+        gated, through = value * opened, value * (share + opened * (1.0 - share))
+        d_normed = d_row * scales
+        scale = tl.rsqrt(tl.sum(gated * gated, 0) / group_width + eps)
+        along = tl.sum(d_normed * gated, 0) * scale * scale / group_width
+        d_scales += d_row * gated * scale
+        d_gated = scale * (d_normed - gated * along)
+        tl.store(d_y + row * width + column, (d_gated * opened).to(d_y.dtype.element_ty), mask=inside)
+        tl.store(d_z + row * d_z_time + column, (d_gated * through).to(d_z.dtype.element_ty), mask=inside)
+    partial += (batch * tl.num_programs(0) + tl.program_id(0)) * width + column
+    tl.store(partial, d_scales, mask=inside)

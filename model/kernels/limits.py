@@ -26,11 +26,17 @@ class KernelFacts:
 
 
 KERNELS: dict[str, KernelFacts] = {
-    # Ours: every part of Mamba-2 between its projections (mamba2_core.py).
+    # Ours: every part of Mamba-2 between its projections (mamba2_core.py), and GLA's scan (gla_core.py).
     "triton": KernelFacts(
         ("triton",),
-        {"head_dim": (64, 128), "d_state": (64, 128), "d_conv": (2, 3, 4)},
-        rooms=("conv_triton", "gated_norm_triton", "ssd_triton", "steps_triton"),
+        {
+            "head_dim": (64, 128),
+            "d_state": (64, 128),
+            "d_conv": (2, 3, 4),
+            "head_k_dim": (64, 128),
+            "head_v_dim": (64, 128),
+        },
+        rooms=("conv_triton", "gated_norm_triton", "gla_triton", "ssd_triton", "steps_triton"),
     ),
     "mamba_ssm": KernelFacts(
         ("mamba_ssm", "causal_conv1d"),
@@ -41,6 +47,9 @@ KERNELS: dict[str, KernelFacts] = {
     "sdpa_cudnn": KernelFacts((), {"head_dim": (64, 128)}),
     "varlen": KernelFacts((), {"head_dim": (64, 128), "global_tokens": (0,)}),
     "flex": KernelFacts((), {"head_dim": (64, 128)}),
+    # Passed on Hopper in bf16 at head_dim 128, in a build for those alone; others are untested. Never by auto: cuDNN's
+    # and torch's kernels take the same calls without a build.
+    "flash_attn": KernelFacts(("flash_attn",), {"head_dim": (64, 128), "global_tokens": (0,)}, capabilities=()),
 }
 """Kernels by the name that a mixer's ``backend`` has for them."""
 

@@ -11,25 +11,13 @@ many heads a program, since heads of a group share B and C. Triton is looked up 
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Tiles:
-    """How a kernel is cut: columns of a head a program at most, warps, and loads in flight."""
-
-    width: int = 64
-    warps: int = 4
-    stages: int = 2
-
-    @property
-    def options(self) -> dict[str, int]:
-        """As Triton's launch takes them."""
-        return {"num_warps": self.warps, "num_stages": self.stages}
+from model.kernels.tiles import Tiles
 
 
 @dataclass(frozen=True)
@@ -39,10 +27,10 @@ class Plan:
     Fixed, since the lengths decide the rounding.
     """
 
-    scan: Tiles = Tiles()
-    states: Tiles = Tiles(stages=4)
-    between: Tiles = Tiles(warps=8, stages=4)
-    within: Tiles = Tiles()
+    scan: Tiles = field(default=Tiles())
+    states: Tiles = field(default=Tiles(stages=4))
+    between: Tiles = field(default=Tiles(warps=8, stages=4))
+    within: Tiles = field(default=Tiles())
     size: int = 64
     backward_size: int = 64
     heads_per_block: int = 32

@@ -18,12 +18,15 @@ from torch.nn import functional
 
 from model.boundaries import Layout
 from model.cache import KVState, MixerState
-from model.kernels.attend import attend_cudnn, attend_varlen
+from model.kernels.attend import attend_cudnn, attend_flash, attend_varlen
 from model.kernels.flex import attend_flex, visible_blocks
 from model.kernels.rows import document_edges
 from model.layers import ResidualProjection, RMSNorm, at_least_fp32, rotary_angles, rotate
 from model.mixers.contract import Mixer, projected
 from model.spec import AttentionSpec, ModelSpec
+
+EDGE_KERNELS = ("varlen", "flash_attn")
+"""Kernels that are told of documents by their edges, and keep to windows without global tokens."""
 
 
 def attend_by_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -53,13 +56,13 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 class Attention(Mixer):
     """The attention layer.
 
-    Without a state, ``sdpa_cudnn`` takes rows that are one document each and have no window to keep to, ``varlen`` rows
-    of several documents and windows, ``flex`` windows with global tokens too. Rows with padding, and what the one named
-    kernel does not take, need a mask and go through the ``torch`` core.
+    Without a state, ``sdpa_cudnn`` takes rows that are one document each and have no window to keep to, ``varlen`` and
+    ``flash_attn`` rows of several documents and windows, ``flex`` windows with global tokens too. Rows with padding,
+    and what the one named kernel does not take, need a mask and go through the ``torch`` core.
     """
 
     backends: ClassVar = {"torch": attend_sdpa, "reference": attend_by_query}
-    kernels: ClassVar = ("sdpa_cudnn", "varlen", "flex")
+    kernels: ClassVar = ("sdpa_cudnn", "varlen", "flex", "flash_attn")
     whole_row_kernels: ClassVar = ("sdpa_cudnn",)
 
     def __init__(self, spec: AttentionSpec, model: ModelSpec) -> None:
@@ -93,7 +96,7 @@ class Attention(Mixer):
         """Rotary angles, and the documents' edges, the visible blocks or the mask."""
         self._angles(layout)
         how = self._how(projected(x, self.q_proj.weight), layout)
-        if how == "varlen":
+        if how in EDGE_KERNELS:
             document_edges(layout, *x.shape[:2])
         elif how == "flex":
             visible_blocks(layout, self.spec.window, self.spec.global_tokens)
@@ -105,8 +108,10 @@ class Attention(Mixer):
         how = self._how(q, layout)
         if how == "sdpa_cudnn":
             return attend_cudnn(q, k, v)
-        if how == "varlen":
-            return attend_varlen(q, k, v, document_edges(layout, q.shape[0], q.shape[2]), self.spec.window)
+        if how in EDGE_KERNELS:
+            edges = document_edges(layout, q.shape[0], q.shape[2])
+            attend = attend_varlen if how == "varlen" else attend_flash
+            return attend(q, k, v, edges, self.spec.window)
         if how == "flex":
             return attend_flex(q, k, v, visible_blocks(layout, self.spec.window, self.spec.global_tokens))
         return self.core(q, k, v, layout.attention_mask(self.spec.window, self.spec.global_tokens))
@@ -119,8 +124,9 @@ class Attention(Mixer):
             return "torch"
         if one_document and not windowed and self.takes("sdpa_cudnn", q):
             return "sdpa_cudnn"
-        if not (windowed and self.spec.global_tokens) and self.takes("varlen", q):
-            return "varlen"
+        for name in () if windowed and self.spec.global_tokens else EDGE_KERNELS:
+            if self.takes(name, q):
+                return name
         return "flex" if self.takes("flex", q) else "torch"
 
     def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, state: KVState) -> Tensor:

@@ -21,6 +21,7 @@ from model import init
 from model.boundaries import Layout
 from model.cache import MixerState, RecurrentState
 from model.kernels.gla import gla_by_fla
+from model.kernels.gla_core import gla_by_triton
 from model.kernels.rows import document_edges
 from model.layers import ResidualProjection, RMSNorm, at_least_fp32
 from model.mixers.contract import Mixer, island, projected
@@ -104,12 +105,12 @@ def gla_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) 
 class GLA(Mixer):
     """The gated linear attention layer with a full-rank or low-rank vector gate and a swish output gate.
 
-    ``fla`` takes every call without a state.
+    Kernels take every call without a state: ``triton`` is our own, ``fla`` flash-linear-attention's.
     """
 
     initialisers: ClassVar = {"gate_bias": init.gate_bias}
     backends: ClassVar = {"torch": gla_chunked, "reference": gla_recurrence}
-    kernels: ClassVar = ("fla",)
+    kernels: ClassVar = ("triton", "fla")
 
     def __init__(self, spec: GLASpec, model: ModelSpec) -> None:
         super().__init__(spec, model)
@@ -134,8 +135,9 @@ class GLA(Mixer):
         q, k, v = (proj(x).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         gate = self.gk_proj(x)
         with torch.autocast(x.device.type, enabled=False):
-            if state is None and self.takes("fla", q):
-                o = self._by_kernel(q, k, v, gate, layout)
+            kernel = self._kernel_for(q) if state is None else None
+            if kernel is not None:
+                o = self._by_kernel(kernel, q, k, v, gate, layout)
             else:
                 o, mixer_state = self._mix(q, k, v, gate, layout, None if state is None else state.mixer_state)
                 if state is not None:
@@ -154,11 +156,15 @@ class GLA(Mixer):
             return gla_step(q, k, v, log_decay, initial)
         return self.core(q, k, v, log_decay, layout, initial, self.spec.chunk_size)
 
-    def _by_kernel(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, layout: Layout) -> Tensor:
+    def _kernel_for(self, given: Tensor) -> str | None:
+        return next((name for name in self.kernels if self.takes(name, given)), None)
+
+    def _by_kernel(self, kernel: str, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, layout: Layout) -> Tensor:
         """What ``_mix`` gives from no state, in half precision with fp32 decays and states: (B, T, H, V)."""
         k, log_decay = self._unpadded(k, gate, layout)
         edges = None if layout.doc_ids is None else document_edges(layout, *q.shape[:2])
-        return gla_by_fla(q, k, v, log_decay, edges, self.spec.head_k_dim**-0.5)
+        scan = gla_by_triton if kernel == "triton" else gla_by_fla
+        return scan(q, k, v, log_decay, edges, self.spec.head_k_dim**-0.5)
 
     def _unpadded(self, k: Tensor, gate: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """Keys, and log decays (B, T, H, K) in fp32, that leave no trace of padding: no key and no decay there."""
@@ -172,7 +178,7 @@ class GLA(Mixer):
 
     def prepare(self, x: Tensor, layout: Layout) -> None:
         """The documents' edges, or the torch core's masks."""
-        by_kernel = self.takes("fla", projected(x, self.q_proj.weight))
+        by_kernel = self._kernel_for(projected(x, self.q_proj.weight)) is not None
         if layout.doc_ids is not None and by_kernel:
             document_edges(layout, *x.shape[:2])
         elif self.backend != "reference":

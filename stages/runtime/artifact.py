@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from model.spec import ModelSpec
-from stages.runtime.manifest import write_atomic
+from stages.runtime.manifest import MANIFEST, write_atomic
 from stages.runtime.scrub import scrub
 
 FORMAT = 1
@@ -46,11 +46,12 @@ _COMPARED = (
     "extension",
     "parents",
     "output_digest",
+    "finished",
     "host",
     "pid_started",
 )
 """Fields by which later runs know an artifact. A recipe with a secret is refused, so they hold none; what happens to
-equal a value of the environment must not break the chain."""
+equal a value of the environment must not break the chain. A record under ``finished`` went through here before."""
 
 
 class ArtifactError(ValueError):
@@ -136,13 +137,30 @@ def write_record(directory: Path, record: Mapping[str, Any]) -> None:
     write_atomic(directory / RECORD, f"{text}\n".encode())
 
 
+def finished_of(record: Mapping[str, Any] | None, directory: Path) -> Mapping[str, Any] | None:
+    """The record of the run that made what lies in ``output``; None where that was never finished, or gave way.
+
+    It is ``record`` itself where the state is ``done``. A longer run that extends the artifact keeps it as ``finished``
+    until its own output takes the place: it counts as long as the manifest that it names lies there, whenever that run
+    was killed.
+    """
+    if record is None or record["state"] == "done":
+        return record
+    kept: Mapping[str, Any] | None = record.get("finished")
+    try:
+        sealed = hashlib.sha256((directory / "output" / MANIFEST).read_bytes()).hexdigest()
+    except OSError:
+        return None
+    return kept if kept is not None and kept["output_digest"] == sealed else None
+
+
 def is_done(record: Mapping[str, Any] | None, job: Job) -> bool:
-    """Whether ``record`` says that exactly this job has been finished and its output is there."""
+    """Whether exactly this job has been finished and its output is there, though a longer run may be under way."""
+    finished = finished_of(record, job.directory)
     return (
-        record is not None
-        and record["state"] == "done"
-        and record.get("key") == job.key
-        and record.get("extension") == dict(job.extension)
+        finished is not None
+        and finished.get("key") == job.key
+        and finished.get("extension") == dict(job.extension)
         and (job.directory / "output").is_dir()
     )
 

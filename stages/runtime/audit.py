@@ -9,7 +9,10 @@ from typing import Any
 
 
 class AuditError(RuntimeError):
-    """A run that ended without having trained; it fails with exit code 1."""
+    """A stage looked at what it has made and it is not what was asked for; exit code 1.
+
+    The message says all that helps, so a traceback goes to the log alone.
+    """
 
 
 @dataclasses.dataclass(frozen=True)

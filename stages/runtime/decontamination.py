@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.clean_config import EVALUATION_SETS, DecontaminateConfig, revision
+from data.errors import DataError
 from stages.base import ConfigError, Fault, Input, StageContext
 
 if TYPE_CHECKING:
@@ -19,6 +21,26 @@ def absent_files(config: DecontaminateConfig) -> list[Fault]:
     """A fault for each benchmark that is not there."""
     return [absent(f"decontaminate.files.{i}.path", file.path) for i, file in enumerate(config.files)
             if not Path(file.path).is_file()]  # fmt: skip
+
+
+def file_faults(config: DecontaminateConfig) -> list[Fault]:
+    """``absent_files``, and benchmarks whose first row is none or lacks a field."""
+    from data.clean_decontaminate import file_items
+
+    faults = absent_files(config)
+    for i, file in enumerate(config.files):
+        if Path(file.path).is_file():
+            faults += first_fault(file_items(file, f"decontaminate.files.{i}"))
+    return faults
+
+
+def first_fault(rows: Iterable[Any]) -> list[Fault]:
+    """What is wrong with the first of ``rows``, which says so by a ``DataError``."""
+    try:
+        next(iter(rows), None)
+    except DataError as error:
+        return [Fault(field, message) for field, message in error.faults]
+    return []
 
 
 def absent(field: str, path: str) -> Fault:

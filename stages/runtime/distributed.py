@@ -21,6 +21,7 @@ from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 from stages.base import StopRequested
+from stages.runtime import peers
 from stages.runtime.signals import SIGNALS, acknowledgement, say_in_handler
 from stages.runtime.signals import launcher_processes as _launcher_processes
 from stages.runtime.signals import signal_on_parent_death as _signal_on_parent_death
@@ -104,12 +105,14 @@ def init_process_group(timeout: timedelta = TIMEOUT) -> None:
         )
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     _control()
+    peers.begin(all_gather(peers.me(rank())))
 
 
 def close_process_group() -> None:
     """Leave the process group, if there is one: the interpreter ends without a complaint, and another can be made."""
     import torch
 
+    peers.end()
     if torch.distributed.is_initialized():
         _control_groups.clear()
         torch.distributed.destroy_process_group()

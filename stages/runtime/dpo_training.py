@@ -48,8 +48,8 @@ class DpoTraining(Finetuning):
         }
         empty = [side for side, found in self.sides.items() if not found.pairs]
         if empty:
-            counts = {side: self.sides[side].counts for side in empty}
-            message = f"must leave pairs with room for an answer; none is left ({counts}); got {length}; set more"
+            lost = "; ".join(f"of {side} {_words(self.sides[side].counts)}" for side in empty)
+            message = f"must leave pairs with room for an answer; got {length}, which leaves none ({lost}); set more"
             raise ConfigError(Fault("max_length", message))
         # Of the ids, not of the file: what a limit of length leaves is another set (TRAPS M3).
         self.heldout_hash = self.sides["heldout"].digest
@@ -179,6 +179,11 @@ class DpoTraining(Finetuning):
         parts = columns(rows)
         examples = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
         return answer_logprobs(forward, {name: tensor.to(device) for name, tensor in self.collate(examples).items()})
+
+
+def _words(counts: dict[str, int]) -> str:
+    """``336 long prompts, 2 equal answers``: what pairs were lost to."""
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)
 
 
 def _check_rows(rows: dict[str, list[dict[str, Any]]]) -> None:

@@ -47,9 +47,9 @@ ENGINE_KEYS = {"zero_optimization", "wall_clock_breakdown", "memory_breakdown", 
 
 ZERO_KEYS = {
     "stage", "contiguous_gradients", "overlap_comm", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
-    "allgather_bucket_size", "round_robin_gradients", "sub_group_size", "memory_efficient_linear", "offload_param",
-    "offload_optimizer", "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size",
-    "stage3_param_persistence_threshold",
+    "allgather_bucket_size", "use_multi_rank_bucket_allreduce", "round_robin_gradients", "sub_group_size",
+    "memory_efficient_linear", "offload_param", "offload_optimizer", "stage3_max_live_parameters",
+    "stage3_max_reuse_distance", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
 }  # fmt: skip
 
 
@@ -172,6 +172,9 @@ def engine_config(
         "gradient_clipping": max_grad_norm,
         "zero_force_ds_cpu_optimizer": False,
     }
+    if world_size == 1:
+        # There is nothing to overlap, and the buffers for it would only be filled.
+        config["zero_optimization"] = {**facts["zero_optimization"], "overlap_comm": False}
     if precision != "fp32":
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return config

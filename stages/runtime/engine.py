@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stages.runtime import distributed, rng, zero
+from model import fp8
+from stages.runtime import distributed, resharding, rng, zero
 from stages.runtime.manifest import CheckpointError
 from stages.runtime.optimizer_base import GatedAdamW
 
@@ -69,6 +70,9 @@ class TrainingEngine:
         ranks, which the factor here undoes, and divides by micro-steps, which is switched off: what reaches the
         optimizer is the gradient of sum(NLL) / n_tokens, however rows were shared out (TRAPS T2).
         """
+        if not self._engine.is_gradient_accumulation_boundary() and self.zero_stage < 3:
+            # More micro-batches follow, on the same weights.
+            fp8.keep_casts(self.model, self._engine.torch_autocast_dtype())
         loss = self.forward(**inputs, num_items_in_batch=n_tokens, return_logits=False).loss
         self._engine.backward(loss * distributed.world_size(), scale_wrt_gas=False)
         # Moves the engine's count of micro-steps; at the boundary ``step`` does this.
@@ -81,6 +85,7 @@ class TrainingEngine:
 
         Gradients are cleared either way. All ranks see the same norm, so they judge alike.
         """
+        fp8.drop_casts(self.model)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         before_clipping = self._plain_grad_norm() if self.zero_stage == 0 else None
@@ -108,15 +113,22 @@ class TrainingEngine:
         save_file(rng.capture(), directory / random_states_file())
 
     def load(self, directory: Path) -> None:
-        """Read what ``save`` wrote; collective. The folder was verified before.
+        """Read what ``save`` wrote on any number of ranks; collective. The folder was verified before.
 
         Raises:
             CheckpointError: if the engine finds no checkpoint there.
         """
-        path, _ = self._engine.load_checkpoint(str(directory), tag=TAG, load_lr_scheduler_states=False)
-        if path is None:
-            raise CheckpointError(f"{directory} holds no engine state; use another checkpoint")
-        rng.restore(load_file(directory / random_states_file()))
+        saved = len(list(directory.glob("rng-*.safetensors")))
+        if saved not in (0, distributed.world_size()) and self.zero_stage:
+            resharding.load(self._engine, self.optimizer, directory / TAG, saved)
+        else:
+            path, _ = self._engine.load_checkpoint(str(directory), tag=TAG, load_lr_scheduler_states=False)
+            if path is None:
+                raise CheckpointError(f"{directory} holds no engine state; use another checkpoint")
+        own = distributed.rank()
+        rng.restore(load_file(directory / random_states_file(own % max(saved, 1))))
+        if own >= saved:
+            rng.part_ways(own)
 
     def weight_decay_by_parameter(self) -> dict[str, float]:
         """The decay that the optimizer applies to each trainable parameter, read off the engine's own groups."""
@@ -176,6 +188,6 @@ class TrainingEngine:
         return value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
 
-def random_states_file() -> str:
-    """Name of the file in which this rank's random states are kept."""
-    return f"rng-{distributed.rank():05d}.safetensors"
+def random_states_file(rank: int | None = None) -> str:
+    """Name of the file in which the random states of ``rank``, by default this one, are kept."""
+    return f"rng-{distributed.rank() if rank is None else rank:05d}.safetensors"

@@ -17,6 +17,7 @@ from data.errors import DataError
 from data.fetch import FetchError
 from stages.base import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_SAVED, ConfigError, Fault, StopRequested
 from stages.runtime.artifact import ArtifactError
+from stages.runtime.audit import AuditError
 from stages.runtime.manifest import CheckpointError
 from stages.runtime.out_of_memory import OutOfMemory
 from stages.runtime.scrub import environment_secrets, scrub_text
@@ -110,7 +111,7 @@ _LOST_RANK = re.compile(r"gloo.*(Read error|Connection (closed|reset))|remote pr
 
 def _plain_text(error: BaseException, directory: Path) -> str | None:
     """A line for faults whose traceback helps nobody, or None."""
-    if isinstance(error, CheckpointError | ArtifactError | CorpusError | FetchError | OutOfMemory):
+    if isinstance(error, AuditError | CheckpointError | ArtifactError | CorpusError | FetchError | OutOfMemory):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted from the keyboard; the same command goes on from the newest checkpoint"

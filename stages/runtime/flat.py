@@ -28,17 +28,21 @@ class Layout(NamedTuple):
     pieces: tuple[Piece, ...]
     group: Any = None
 
-    def full(self, piece: Piece, flat: torch.Tensor) -> torch.Tensor | None:
-        """The whole parameter's tensor from every rank's part in ``flat``, or None where this rank has no part in it.
+    def split(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Every piece's elements of ``flat``, 1-D views."""
+        return [flat[piece.at : piece.at + piece.numel] for piece in self.pieces]
+
+    def full(self, piece: Piece, mine: torch.Tensor) -> torch.Tensor | None:
+        """The whole parameter's tensor from ``mine``, ``piece``'s elements here, and what other ranks hold of it; None
+        where this rank holds nothing.
 
         Collective for a piece that is cut: every rank of the group must ask for the same ones in the same order. Zeros
         stand in for what other ranks hold, so the sum is exact.
         """
-        mine = flat[piece.at : piece.at + piece.numel]
         if not piece.is_cut:
             return mine.view(piece.shape) if piece.numel else None
         size = int(torch.Size(piece.shape).numel())
-        joined = flat.new_zeros(size)
+        joined = mine.new_zeros(size)
         joined[piece.start : piece.start + piece.numel] = mine
         distributed.all_reduce(joined, group=self.group)
         return joined.view(piece.shape) if piece.numel else None

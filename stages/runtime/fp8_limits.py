@@ -60,7 +60,7 @@ def fp8_lines(model: ModelSpec, precision: str) -> list[str]:
     }
     lines = [f"fp8: {len(taken)} of {len(sizes)} projections, the rest and the head in bf16"]
     return lines + [
-        f"fp8: {name} ({inputs} x {outputs}) stays in bf16: sizes must be multiples of {FP8_ALIGNMENT}"
+        f"fp8: {name} ({inputs} x {outputs}) stays in bf16: inputs must be a multiple of {FP8_ALIGNMENT}"
         for name, (inputs, outputs) in left.items()
     ]
 

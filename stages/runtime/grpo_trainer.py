@@ -15,6 +15,7 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from stages.runtime import distributed
+from stages.runtime.audit import AuditError
 from stages.runtime.finetune_trainer import OwnedTrainer
 from stages.runtime.rollouts import Rollout, gathered, is_informative
 
@@ -30,7 +31,7 @@ NAMES = {
 """What TRL measures and we report, under names with units."""
 
 
-class RolloutMismatchError(RuntimeError):
+class RolloutMismatchError(AuditError):
     """Rollouts were drawn from another distribution than the one that is trained (TRAPS T10)."""
 
 

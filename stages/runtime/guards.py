@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from stages.base import Section, operational
+from stages.runtime.audit import AuditError
 
 
 class GuardConfig(Section):
@@ -23,7 +24,7 @@ class GuardConfig(Section):
     """Length of that running mean (exponential), and the number of taken steps before the first spike can be called."""
 
 
-class TooManySkippedSteps(RuntimeError):  # noqa: N818 - names what happened
+class TooManySkippedSteps(AuditError):  # noqa: N818 - names what happened
     """Steps were skipped one after another up to the limit; the run ends with exit code 1."""
 
 

@@ -31,13 +31,14 @@ from stages.base import (
     StageResult,
     StopRequested,
 )
-from stages.runtime import artifact, distributed
+from stages.runtime import artifact, distributed, peers
 from stages.runtime.artifact import ArtifactError, Job
 from stages.runtime.checkpoint import CheckpointError, seal, verify_manifest
 from stages.runtime.code import write_code
 from stages.runtime.console import copied_to
 from stages.runtime.faults import DONE, Ending, ending_of, is_refusal
 from stages.runtime.lock import ArtifactBusyError, hold
+from stages.runtime.lost import end_without, tell_for_rank_zero
 from stages.runtime.out_of_memory import explained
 from stages.runtime.stop_file import clear_old
 from stages.runtime.tracking import open_tracker
@@ -101,7 +102,8 @@ def _attempt(
         tracker = _open_tracker(job, around)
         context = _context(stage, job, around, tracker, record)
         ready()
-        result = _run(stage, context)
+        with peers.on_loss(lambda lost: end_without(lost, job, record)):
+            result = _run(stage, context)
         _seal(stage, job, record, tracker, result)
         ending = DONE
     except BaseException as caught:
@@ -127,7 +129,9 @@ def follow(stage: Stage, job: Job, around: Surroundings) -> int:
     """Carry out ``job`` as any other rank: run the stage, write nothing, say only what went wrong here."""
     record = artifact.read_record(job.directory) or {}
     try:
-        _run(stage, _context(stage, job, around, _open_tracker(job, around), record))
+        context = _context(stage, job, around, _open_tracker(job, around), record)
+        with peers.on_loss(lambda lost: end_without(lost, job, record)):
+            _run(stage, context)
     except BaseException as caught:
         error = explained(caught, stage, job.config, job.model, distributed.world_size())
         ending = ending_of(error, job.name, job.directory)
@@ -135,6 +139,7 @@ def follow(stage: Stage, job: Job, around: Surroundings) -> int:
             # Every rank of this machine is given the same, and rank 0 says it.
             return ending.code
         if ending.state == "failed":
+            tell_for_rank_zero(job, record)
             for line in [*ending.lines, "" if ending.quiet else ending.traceback]:
                 print(f"rank {distributed.rank()}: {line}\n" if line else "", end="", file=sys.stderr)
         else:
@@ -145,7 +150,6 @@ def follow(stage: Stage, job: Job, around: Surroundings) -> int:
 
 def _begin(job: Job, previous: Mapping[str, Any] | None, around: Surroundings) -> dict[str, Any]:
     """Write ``running`` and return the record."""
-    attempts = (previous or {}).get("attempts", 0) + 1
     record: dict[str, Any] = {
         "format": artifact.FORMAT,
         "state": "running",
@@ -164,6 +168,7 @@ def _begin(job: Job, previous: Mapping[str, Any] | None, around: Surroundings) -
         "code_digest": write_code(job.directory),
         "overridden_gates": _overridden(previous, around),
         "output_digest": None,
+        "finished": artifact.finished_of(previous, job.directory),
         "metrics": {},
         "summary": [],
         **artifact.environment(),
@@ -173,11 +178,13 @@ def _begin(job: Job, previous: Mapping[str, Any] | None, around: Surroundings) -
         "elapsed_s": (previous or {}).get("elapsed_s", 0.0),
         "step": artifact.reached_step(job.directory),
         "error": None,
-        "attempts": attempts,
+        "attempts": (previous or {}).get("attempts", 0) + 1,
     }
     artifact.write_record(job.directory, record)
-    goes_on = f", goes on from step {record['step']}" if record["step"] else ""
-    print(f"{job.name}: started in {artifact.shown(job.directory)} (attempt {attempts}{goes_on})")
+    # Where a finished run is extended, the newest checkpoint may lie in the decay: the stage says from where it goes on.
+    step = None if previous and previous["state"] == "done" else record["step"]
+    goes_on = f", goes on from step {step}" if step else ""
+    print(f"{job.name}: started in {artifact.shown(job.directory)} (attempt {record['attempts']}{goes_on})")
     return record
 
 
@@ -205,8 +212,8 @@ def _verified_parents(stage: Stage, job: Job, previous: Mapping[str, Any] | None
     """
     digests = {}
     for name, link in job.parents.items():
-        record = artifact.read_record(link.path)
-        if record is None or record["state"] != "done" or record["key"] != link.key:
+        record = artifact.finished_of(artifact.read_record(link.path), link.path)
+        if record is None or record["key"] != link.key:
             raise ArtifactError(f"parent {link.stage} in {link.path} is not done; run it first")
         try:
             digests[name] = verify_manifest(link.path / "output")
@@ -302,8 +309,8 @@ def _run(stage: Stage, context: StageContext) -> StageResult:
     is_together = stage.launched or (stage.shared and distributed.world_size() > 1)
     with contextlib.nullcontext() if is_together else _stop_on_signals():
         result = stage.run(context)
-    if "torch" in sys.modules:
-        distributed.close_process_group()
+    # Together: whoever goes first would be missed by those that still watch.
+    _part()
     return result
 
 
@@ -337,7 +344,7 @@ def _stop_on_signals() -> Iterator[None]:
 
 def _seal(stage: Stage, job: Job, record: dict[str, Any], tracker: Any, result: StageResult) -> None:
     digest = seal(job.directory / "output.tmp", job.directory / "output")
-    record.update(metrics=result.metrics, summary=result.summary, output_digest=digest)
+    record.update(metrics=result.metrics, summary=result.summary, output_digest=digest, finished=None)
     record["step"] = result.metrics.get("step", artifact.reached_step(job.directory))
     name, output = f"{job.name}-{job.key[:8]}", job.directory / "output"
     tracker.log_artifact(name, stage.produces, output, digest, result.metrics)

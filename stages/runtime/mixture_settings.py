@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
+from data.errors import DataError
 from data.mixture import Mixture, Phase, cell_of
 from data.stream_config import StreamSettings
 from stages.base import Fault, Section, SourceName
@@ -24,6 +27,7 @@ class MixturePhase(Section):
 
 STREAM_PACKING = "must be cut with a stream; got {}; tokenize to keep documents whole"
 SHARD_WORKERS = "must be 0 with shards, which cost nothing to read; got {}; set it to 0"
+SHARD_PASSES = "must be left out with shards, whose passes max_epochs bounds; got {}; remove it"
 
 
 def mixture(config: Any) -> Mixture:
@@ -35,12 +39,16 @@ def mixture(config: Any) -> Mixture:
 
 
 def phase_faults(config: Any) -> list[Fault]:
-    """Negative weights, phases out of order or beyond the run, and words that mean nothing without a mixture."""
+    """Weights that are no shares, phases out of order or beyond the run, words that mean nothing without a mixture."""
     found = []
     for field, weights in _weights(config):
-        for word, weight in weights.items():
-            if weight < 0:
-                found.append(Fault(f"{field}.{word}", f"must be 0 or more; got {weight}; set its share of tokens"))
+        wrong = [word for word, weight in weights.items() if not (math.isfinite(weight) and weight >= 0)]
+        for word in wrong:
+            found.append(Fault(f"{field}.{word}", f"must be 0 or more; got {weights[word]}; set its share of tokens"))
+        if not wrong and not any(weights.values()):
+            got = ", ".join(f"{word} {weight:g}" for word, weight in weights.items()) or "no weight"
+            message = f"must leave at least one source with a share; got {got}; raise one weight, or remove it"
+            found.append(Fault(field, message))
     before = 0
     for number, phase in enumerate(config.phases):
         if not before < phase.from_step < config.max_steps:
@@ -103,6 +111,28 @@ def data_faults(config: Any, data: Any) -> list[Fault]:
     """Faults of a run against the config of the stage that will make its data: ``stream`` or ``tokenize``."""
     if isinstance(data, StreamSettings):
         weighed, capped = config.mixture is not None, config.cap_epochs is not None
-        faults = [Fault(*one) for one in data.unfit(config.global_batch_size, weighed, capped)]
+        faults = [Fault(*one) for one in data.unfit(config.global_batch_size, weighed, capped, config.passes)]
         return faults if config.packing == "cut" else [*faults, Fault("packing", STREAM_PACKING.format(config.packing))]
-    return [Fault("data_workers", SHARD_WORKERS.format(config.data_workers))] if config.data_workers else []
+    found = [Fault("passes", SHARD_PASSES.format(", ".join(config.passes)))] if config.passes else []
+    return found + ([Fault("data_workers", SHARD_WORKERS.format(config.data_workers))] if config.data_workers else [])
+
+
+def shard_faults(config: Any, tokens_dir: Path) -> list[Fault]:
+    """Faults of a run against shards that are there: weights behind which no token stands, passes beyond the most.
+
+    What a stream or whole packing asks costs more than a look, and is left to the run's own beginning.
+    """
+    from data.loader import MixtureLoader
+    from data.stream import is_stream
+
+    if is_stream(tokens_dir) or config.packing != "cut":
+        return []
+    sizes = {"seq_len": config.seq_len, "global_batch_size": config.global_batch_size}
+    try:
+        asked = {"mixture": mixture(config), "max_epochs": config.max_epochs}
+        MixtureLoader(tokens_dir, seed=0, **sizes, **asked).plan(config.max_steps)
+    except DataError as error:
+        return [Fault(field or "data", message) for field, message in error.faults]
+    except ValueError:
+        return []  # damaged shards are named, file by file, when they are verified before the run
+    return []

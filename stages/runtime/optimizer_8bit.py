@@ -25,7 +25,12 @@ class AdamW8bit(SplitOptimizer):
     """
 
     def update(
-        self, group: dict[str, Any], state: dict[str, Any], flat: torch.Tensor, gradient: torch.Tensor, layout: Layout
+        self,
+        group: dict[str, Any],
+        state: dict[str, Any],
+        flat: torch.Tensor,
+        gradients: list[torch.Tensor],
+        layout: Layout,
     ) -> None:
         """See ``SplitOptimizer``."""
         from bitsandbytes import functional
@@ -38,32 +43,37 @@ class AdamW8bit(SplitOptimizer):
         beta1, beta2 = group["betas"]
         for span in spans:
             part = slice(span.at, span.at + span.numel)
+            begin = span.at - layout.pieces[span.piece].at
+            gradient = gradients[span.piece][begin : begin + span.numel]
             scales = slice(span.scale, span.scale + _blocks(span.numel))
             # Decay was applied before, in AdamW's order on every device: the kernels do not agree on it.
             functional.optimizer_update_8bit_blockwise(
-                "adam", gradient[part], flat[part], state["codes1"][part], state["codes2"][part], beta1, beta2,
+                "adam", gradient, flat[part], state["codes1"][part], state["codes2"][part], beta1, beta2,
                 0.0, 0.0, group["eps"], state["updates"], group["lr"], signed, unsigned, state["scales1"][scales],
                 state["scales2"][scales], 0.0, 1.0, False,
             )  # fmt: skip
 
 
 class Span(NamedTuple):
-    """``numel`` elements from ``at`` of a flat tensor, whose blocks' scales stand from ``scale`` on."""
+    """``numel`` elements from ``at`` of a flat tensor, within ``piece`` of its layout; the scales of their blocks stand
+    from ``scale`` on.
+    """
 
     at: int
     numel: int
     scale: int
+    piece: int
 
 
 def blocked(layout: Layout) -> list[Span]:
     """The spans of ``layout`` in which blocks follow one another as in the whole parameter."""
     spans: list[Span] = []
     scale = 0
-    for piece in layout.pieces:
+    for number, piece in enumerate(layout.pieces):
         head = min(-piece.start % BLOCK, piece.numel)
         for at, numel in ((piece.at, head), (piece.at + head, piece.numel - head)):
             if numel:
-                spans.append(Span(at, numel, scale))
+                spans.append(Span(at, numel, scale, number))
                 scale += _blocks(numel)
     return spans
 

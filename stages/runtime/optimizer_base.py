@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from stages.runtime import adamw
 from stages.runtime.flat import Layout, whole
 
 
@@ -20,14 +21,35 @@ class GatedAdamW(torch.optim.AdamW):
     gate: Callable[[], bool] = staticmethod(lambda: False)
     layouts: dict[int, Layout]
     """By the id of a flat tensor that stands in a group for several parameters: what lies where in it."""
+    pieces: dict[int, adamw.Pieces]
+    """During a step, by the id of a flat tensor without ``grad``: its gradient in pieces."""
+    factor: float
+    """What ``pieces`` must be multiplied by."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.layouts = {}
+        self.layouts, self.pieces, self.factor = {}, {}, 1.0
 
     def step(self, closure: Any = None) -> Any:
         """One AdamW step, or nothing."""
-        return super().step(closure) if self.gate() else None
+        if not self.gate():
+            return None
+        return self._step_by_pieces() if self.pieces else super().step(closure)
+
+    @torch.no_grad()
+    def _step_by_pieces(self) -> None:
+        """The same, without one flat gradient, which would be a copy of all of them."""
+        members = [(group, flat) for group in self.param_groups for flat in group["params"]]
+        for _, flat in members:
+            if not self.state[flat]:
+                self.state[flat].update(adamw.empty_state(flat))
+            self.state[flat]["step"] += 1
+        # All are read before any work is started, for which a later read would wait.
+        counts = [float(self.state[flat]["step"]) for _, flat in members]
+        for (group, flat), count in zip(members, counts, strict=True):
+            beta1, beta2 = group["betas"]
+            rule = adamw.Rule(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], count, self.factor)
+            adamw.update(flat, self.state[flat], self.layouts[id(flat)], self.pieces[id(flat)], rule)
 
 
 class SplitOptimizer(GatedAdamW):
@@ -56,9 +78,17 @@ class SplitOptimizer(GatedAdamW):
         return None
 
     def update(
-        self, group: dict[str, Any], state: dict[str, Any], flat: torch.Tensor, gradient: torch.Tensor, layout: Layout
+        self,
+        group: dict[str, Any],
+        state: dict[str, Any],
+        flat: torch.Tensor,
+        gradients: list[torch.Tensor],
+        layout: Layout,
     ) -> None:
-        """Update ``flat`` (1-D, what of the group lies on this rank), already decayed; ``gradient`` may be used up."""
+        """Update ``flat`` (1-D, what of the group lies on this rank), already decayed.
+
+        ``gradients`` of ``layout``'s pieces, 1-D, may be used up.
+        """
         raise NotImplementedError
 
     def load_state_dict(self, state_dict: Any) -> None:
@@ -75,11 +105,17 @@ class SplitOptimizer(GatedAdamW):
         torch.optim.Optimizer.__setstate__(self, state)
 
     def _update_parameter(self, group: dict[str, Any], parameter: torch.Tensor) -> None:
-        if parameter.grad is None:
+        layout = self.layouts.get(id(parameter)) or whole(parameter)
+        if pieces := self.pieces.get(id(parameter)):
+            gradients = pieces.rows()
+            if self.factor != 1.0:
+                torch._foreach_mul_(gradients, self.factor)
+        elif parameter.grad is not None:
+            gradients = layout.split(parameter.grad.reshape(-1))
+        else:
             return
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        layout = self.layouts.get(id(parameter)) or whole(parameter)
-        self.update(group, self.state[parameter], parameter.view(-1), parameter.grad.reshape(-1), layout)
+        self.update(group, self.state[parameter], parameter.view(-1), gradients, layout)
 
 
 def _parameters(groups: list[dict[str, Any]]) -> list[torch.Tensor]:

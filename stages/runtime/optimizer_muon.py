@@ -31,21 +31,25 @@ class Muon(SplitOptimizer):
         super().__init__([{**group, "momentum": momentum} for group in groups], **kwargs)
 
     def update(
-        self, group: dict[str, Any], state: dict[str, Any], flat: torch.Tensor, gradient: torch.Tensor, layout: Layout
+        self,
+        group: dict[str, Any],
+        state: dict[str, Any],
+        flat: torch.Tensor,
+        gradients: list[torch.Tensor],
+        layout: Layout,
     ) -> None:
-        """See ``SplitOptimizer``; ``gradient`` becomes the update before it is made orthogonal."""
+        """See ``SplitOptimizer``; ``gradients`` become the updates before they are made orthogonal."""
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(flat)
         decay = group["momentum"]
-        momentum = state["momentum"].mul_(decay).add_(gradient)
-        gradient.add_(momentum, alpha=decay)
-        for piece in layout.pieces:
-            matrix = layout.full(piece, gradient)
+        parts = zip(layout.pieces, layout.split(flat), layout.split(state["momentum"]), gradients, strict=True)
+        for piece, weight, momentum, gradient in parts:
+            torch.add(gradient, momentum, alpha=decay, out=momentum)
+            matrix = layout.full(piece, gradient.add_(momentum, alpha=decay))
             if matrix is None:
                 continue
             change = orthogonal(matrix).reshape(-1)[piece.start : piece.start + piece.numel]
-            size = UPDATE_RMS * math.sqrt(max(piece.shape))
-            flat[piece.at : piece.at + piece.numel].add_(change, alpha=-group["lr"] * size)
+            weight.add_(change, alpha=-group["lr"] * UPDATE_RMS * math.sqrt(max(piece.shape)))
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
@@ -54,10 +58,12 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     Singular values come out between about 0.7 and 1.2, and those of nearly nothing smaller. Zeros stay zeros.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = torch.empty_like(wide, dtype=torch.bfloat16 if matrix.is_cuda else torch.float32)
     # The norm bounds the largest singular value; it is taken before anything is rounded.
-    x = (wide / (wide.norm() + 1e-20)).to(torch.bfloat16 if matrix.is_cuda else torch.float32)
+    torch.div(wide, wide.norm() + 1e-20, out=x)
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         gram = x @ x.T
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return (x if matrix.shape[0] <= matrix.shape[1] else x.T).to(matrix.dtype)
+        # Sums are rounded once, with their products, and cost no reading of their own.
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if matrix.shape[0] <= matrix.shape[1] else x.T

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from data.shards import HELDOUT, open_shard, read_info
+from stages.runtime.audit import AuditError
 
 _ROWS = 64
 """Positions compared at a time, in float64."""
 
 
-class ParityError(RuntimeError):
+class ParityError(AuditError):
     """An export that is not the model: beyond its bound, or with other ids; the stage fails."""
 
 
@@ -40,7 +41,8 @@ class Parity:
             raise ParityError(f"logits must be {reference.shape} for {len(ids)} ids; got {other.shape}; export again")
         for start in range(0, len(ids), _ROWS):
             rows = slice(start, start + _ROWS)
-            self._add_rows(np.asarray(ids[start + 1 : start + _ROWS + 1]), reference[rows], other[rows])
+            following = np.asarray(ids[start + 1 : start + _ROWS + 1], np.int64)
+            self._add_rows(following, reference[rows], other[rows])
 
     def _add_rows(self, following: np.ndarray, reference: np.ndarray, other: np.ndarray) -> None:
         ours, theirs = log_softmax(reference), log_softmax(other)

@@ -16,7 +16,7 @@ from data.heldout import HeldoutSet
 from model import cost
 from model.lm import model_backends
 from stages.base import ConfigError, Fault, StageContext, StageResult, StopRequested
-from stages.runtime import distributed, rng, settings, warm_start
+from stages.runtime import distributed, ds_config, rng, settings, warm_start
 from stages.runtime.alarms import Alarms
 from stages.runtime.audit import TrainingRecord, audit
 from stages.runtime.checkpoint import CheckpointStore, save_weights
@@ -182,7 +182,9 @@ class Pretraining:
         self.data.restore(saved)
         loop.progress.saved(max(0.0, time.time() - (folder / MANIFEST).stat().st_mtime))
         self.context.tracker.resume(step)
-        loop.progress.say(f"resumed from step {step}")
+        ranks = count_of(saved["world_size"], "rank")
+        dealt = "" if saved["world_size"] == distributed.world_size() else f", which {ranks} saved"
+        loop.progress.say(f"resumed from step {step}{dealt}")
 
     def _is_on_course(self, step: int, saved: dict[str, Any]) -> bool:
         """Whether the steps up to ``step`` had the learning rates that this config gives them."""
@@ -192,10 +194,10 @@ class Pretraining:
 
     def _check_shape(self, step: int, saved: dict[str, Any]) -> None:
         faults = []
-        if saved["world_size"] != distributed.world_size():
+        if saved["world_size"] != distributed.world_size() and ds_config.offloads(self.engine_config):
             wanted = count_of(saved["world_size"], "rank")
-            message = f"was saved by {wanted} and loads on as many; got {distributed.world_size()}; start {wanted}"
-            faults.append(Fault("", f"the checkpoint of step {step} {message}"))
+            message = f"was saved by {wanted}, off-loaded, and loads on as many; got {distributed.world_size()}"
+            faults.append(Fault("", f"the checkpoint of step {step} {message}; start {wanted}"))
         if saved["zero_stage"] != self.engine.zero_stage:
             stage = f"was saved under ZeRO-{saved['zero_stage']}; got {self.config.deepspeed}"
             faults.append(

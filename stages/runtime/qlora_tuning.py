@@ -10,6 +10,7 @@ import torch
 from data.packing import IGNORE_INDEX
 from model.projections import projections
 from stages.runtime import adapters, distributed, rng
+from stages.runtime.audit import AuditError
 from stages.runtime.checkpoint import save_weights
 from stages.runtime.finetune_report import summary_lines
 from stages.runtime.finetune_scoring import batches
@@ -23,7 +24,7 @@ PROBE_TOKENS = 64
 NATS, TOKENS, CORRECT = (COLUMNS.index(name) for name in ("nats", "tokens", "correct"))
 
 
-class AdapterProbeError(RuntimeError):
+class AdapterProbeError(AuditError):
     """Adapters that could not train, found before the first step; exit code 1."""
 
 

@@ -129,6 +129,8 @@ def _open(folder: Path, context: StageContext) -> MixtureLoader | StreamLoader:
     if not is_stream(folder):
         if config.data_workers:
             raise DataError([("data_workers", mixture_settings.SHARD_WORKERS.format(config.data_workers))])
+        if config.passes:
+            raise DataError([("passes", mixture_settings.SHARD_PASSES.format(", ".join(config.passes)))])
         return MixtureLoader(folder, max_epochs=config.max_epochs, packing=config.packing, **common)
     if config.packing != "cut":
         raise DataError([("packing", mixture_settings.STREAM_PACKING.format(config.packing))])
@@ -138,6 +140,7 @@ def _open(folder: Path, context: StageContext) -> MixtureLoader | StreamLoader:
         raise DataError([("data", f"{message}; start another number, or set lanes in the stream stage")])
     # Every rank speaks for its own lanes.
     common |= {"stage": config.data, "cache": context.cache / "hub", "say": lambda line: print(line, flush=True)}
+    common["passes"] = config.passes
     if not config.data_workers:
         return StreamLoader(folder, **common)
     from data.stream_workers import ParallelStream

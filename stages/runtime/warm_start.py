@@ -10,7 +10,7 @@ from typing import Any
 from data.shards import read_info
 from model.spec import ModelSpec
 from stages.base import Fault, StageContext, without_operational
-from stages.runtime.artifact import read_record
+from stages.runtime.artifact import finished_of, read_record
 from stages.runtime.schedule import lr_at
 from stages.runtime.training_config import TrainingConfig
 
@@ -22,7 +22,7 @@ BASELINE_TOLERANCE = 2e-3
 
 def parent_metrics(parent: Path) -> dict[str, Any]:
     """Metrics in the parent's ``stage.json``; empty where there is none."""
-    record = read_record(parent)
+    record = finished_of(read_record(parent), parent)
     return dict(record.get("metrics") or {}) if record else {}
 
 
@@ -57,7 +57,7 @@ def baseline_note(config: Any, parent: Path, values: Mapping[str, Any], score: s
     The weights are the parent's, so where it was measured on the same set in the same way, ``score`` must be what its
     ``stage.json`` has: the number is checked before anything is held against it.
     """
-    record = read_record(parent) or {}
+    record = finished_of(read_record(parent), parent) or {}
     metrics, theirs = record.get("metrics") or {}, record.get("config") or {}
     way = {name: getattr(config, name, None) for name in ("kind", "seq_len", "max_length", "precision")}
     same_way = all(theirs.get(name) == value for name, value in way.items())

@@ -1,6 +1,6 @@
 """What our optimizers and our clock need of DeepSpeed's ZeRO-1/2, put in place once its engine stands.
 
-DeepSpeed 0.19's class is reached into here and nowhere else.
+DeepSpeed 0.19's class is reached into here, in ``zero_single`` and nowhere else.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from stages.runtime import distributed, flat
+from stages.runtime import distributed, flat, zero_single
 from stages.runtime.optimizer_base import GatedAdamW
 
 
@@ -32,10 +32,9 @@ def attach(engine: Any, optimizer: GatedAdamW) -> None:
     if zero.cpu_offload:
         return
     zero.get_grad_norm_direct = functools.partial(grad_norm, group=zero.dp_process_group)
+    zero.unscale_and_clip_grads = functools.partial(_clip, zero)
     if distributed.world_size() == 1 and not zero.partition_gradients and not zero.overlap_comm:
-        zero.reduce_gradients = functools.partial(_reduce_nothing, zero)
-        # Nothing goes through its buckets, which are made anew for each backward pass.
-        zero.contiguous_gradients = False
+        zero_single.take_over(zero)
 
 
 def layouts(zero: Any) -> dict[int, flat.Layout]:
@@ -69,6 +68,8 @@ def grad_norm(gradients: Iterable[torch.Tensor], parameters: Any, norm_type: flo
     return torch.where(norm.isfinite(), norm, -1.0)
 
 
-def _reduce_nothing(zero: Any, pipeline_parallel: bool = False) -> None:
-    """Take gradients as they are: one rank's mean is its own, and two copies of each would be made for it."""
-    zero.overlapping_partition_gradients_reduce_epilogue()
+def _clip(zero: Any, gradients: Iterable[torch.Tensor], norm: torch.Tensor) -> None:
+    """Clip ``gradients`` as DeepSpeed does, but for its pass that multiplies by one. The loss of fp32 has no scale."""
+    factor = zero_single.clipping_factor(float(norm), zero.clip_grad)
+    if factor != 1.0:
+        torch._foreach_mul_(list(gradients), factor)
