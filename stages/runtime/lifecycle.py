@@ -181,7 +181,7 @@ def _begin(job: Job, previous: Mapping[str, Any] | None, around: Surroundings) -
         "attempts": (previous or {}).get("attempts", 0) + 1,
     }
     artifact.write_record(job.directory, record)
-    # Where a finished run is extended, the newest checkpoint may lie in the decay: the stage says from where it goes on.
+    # A finished run may be extended from before its newest checkpoint (wsd): the stage says itself from where.
     step = None if previous and previous["state"] == "done" else record["step"]
     goes_on = f", goes on from step {step}" if step else ""
     print(f"{job.name}: started in {artifact.shown(job.directory)} (attempt {record['attempts']}{goes_on})")
