@@ -128,7 +128,7 @@ def ingest(sources: Sequence[Source], cache: Path, folder: Path, say: Callable[[
         partial_folder.mkdir(parents=True)
         for source in sources:
             # One that cannot be read as configured is told before the others are read for nothing.
-            look_at(read_source(source, cache))
+            look_at(source, read_source(source, cache))
         number = 0
         for order, source in enumerate(sources):
             for shard in _shards(_documents(source, order, cache, say)):

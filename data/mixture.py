@@ -182,7 +182,7 @@ def capped(
             return [dict(zip(names, row, strict=True)) for row in result.tolist()]
         held |= over
         result = _lowered(asked, length, room, held)
-        _check_filled(result, names, length, room, cap_epochs)
+        _check_filled(result, asked > 0, names, length, room, cap_epochs)
 
 
 def _lowered(asked: np.ndarray, length: np.ndarray, room: np.ndarray, held: np.ndarray) -> np.ndarray:
@@ -195,13 +195,38 @@ def _lowered(asked: np.ndarray, length: np.ndarray, room: np.ndarray, held: np.n
 
 
 def _check_filled(
-    shares: np.ndarray, names: list[str], length: np.ndarray, room: np.ndarray, cap_epochs: float
+    shares: np.ndarray, asked: np.ndarray, names: list[str], length: np.ndarray, room: np.ndarray, cap_epochs: float
 ) -> None:
-    for phase, (filled, wanted) in enumerate(zip(shares.sum(1).tolist(), length.tolist(), strict=True)):
-        if wanted and filled < 1 - 1e-9:
-            of = [name for name, share in zip(names, shares[phase], strict=True) if share]
-            message = (
-                f"must let the sources {of} give the {wanted:,.0f} tokens of phase {phase}; at {cap_epochs:g} passes "
-                f"they give {filled * wanted:,.0f}; raise cap_epochs, add data, or lower max_steps"
-            )
-            raise DataError([("cap_epochs", message)])
+    filled = shares.sum(1)
+    short = np.flatnonzero((length > 0) & (filled < 1 - 1e-9))
+    if not short.size:
+        return
+    # The narrowest set of sources that holds too little for the phases that read nothing else says what is short.
+    for phase in sorted(np.flatnonzero(length > 0), key=lambda one: int(asked[one].sum())):
+        alike = (length > 0) & ~(asked & ~asked[phase]).any(1)
+        if length[alike].sum() > room[asked[phase]].sum():
+            given = f"{room[asked[phase]].sum():,.0f}"
+            raise _short(_named(asked[phase], names), length[alike].sum(), _of(alike, length), cap_epochs, given)
+    phase = short[0]
+    given = f"{filled[phase] * length[phase]:,.0f} there, since other phases read them too"
+    raise _short(_named(asked[phase], names), length[phase], f"phase {phase}", cap_epochs, given)
+
+
+def _named(chosen: np.ndarray, names: list[str]) -> str:
+    return ", ".join(name for name, one in zip(names, chosen, strict=True) if one)
+
+
+def _of(phases: np.ndarray, length: np.ndarray) -> str:
+    """What the chosen ``phases`` are together, for a person."""
+    if phases[length > 0].all():
+        return "the run"
+    chosen = np.flatnonzero(phases)
+    return f"phase{'s' * (len(chosen) > 1)} {', '.join(map(str, chosen))}"
+
+
+def _short(sources: str, wanted: float, of: str, cap_epochs: float, given: str) -> DataError:
+    message = (
+        f"must let the sources {sources} give the {wanted:,.0f} tokens of {of}; at {cap_epochs:g} passes they give "
+        f"{given}; raise cap_epochs, add data, or lower max_steps"
+    )
+    return DataError([("cap_epochs", message)])

@@ -40,6 +40,7 @@ MIN_DOCUMENTS = 3
 # A folder with more than this has enough of anything; less is read through to be counted.
 COUNTED_BYTES = 20_000_000
 NAMED = 8
+LOST_LINK = "a link to what is not there"
 
 
 class _NoTextError(ValueError):
@@ -109,7 +110,8 @@ def read_directory(directory: Path) -> OwnText:
     if not kept:
         raise SourceError("data", "path", _nothing(directory, left_out))
     sources = {group: _source(directory, group, files) for group, files in kept.items()}
-    named = dict(sorted(left_out.items()))
+    # What may be missing against one's will (a disk that is not mounted) is named before the odd files.
+    named = dict(sorted(left_out.items(), key=lambda item: (not item[1].startswith(LOST_LINK), item[0])))
     files = {sources[group]["name"]: len(files) for group, files in kept.items()}
     if counted is None:
         return OwnText(list(sources.values()), files, named, _bytes_of(directory, kept), None)
@@ -215,7 +217,7 @@ def _visible_files(directory: Path, left_out: dict[str, str]) -> Iterator[Path]:
             continue
         if not is_file:
             if path.is_symlink() or not path.is_dir():
-                left_out[inside.as_posix()] = "a link" if path.is_symlink() else "not a regular file"
+                left_out[inside.as_posix()] = _link(path) if path.is_symlink() else "not a regular file"
             continue
         if kind is None:
             left_out[inside.as_posix()] = "not of a kind that is read"
@@ -225,6 +227,10 @@ def _visible_files(directory: Path, left_out: dict[str, str]) -> Iterator[Path]:
             left_out[inside.as_posix()] = "empty"
         else:
             yield path
+
+
+def _link(path: Path) -> str:
+    return "a link" if os.path.exists(path) else f"{LOST_LINK}, {path.readlink()}"
 
 
 def _kind(path: Path) -> str | None:

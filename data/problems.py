@@ -72,7 +72,8 @@ def read_problems_file(path: Path, source: str, form: str, limit: int | None = N
 def first_faults(faults: Sequence[tuple[str, str]], what: str) -> list[tuple[str, str]]:
     """The first ``SHOWN_FAULTS``, and a line with the number of the others of ``what``."""
     more = len(faults) - SHOWN_FAULTS
-    return [*faults[:SHOWN_FAULTS], *([("", f"{what}: and {more:,} more faults like these")] if more > 0 else [])]
+    rest = "1 more fault" if more == 1 else f"{more:,} more faults"
+    return [*faults[:SHOWN_FAULTS], *([("", f"{what}: and {rest} like these")] if more > 0 else [])]
 
 
 def _parsed(content: bytes | None) -> Mapping[str, Any]:

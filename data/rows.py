@@ -8,6 +8,9 @@ from typing import Any
 from data.source_config import PLACEHOLDER as _PLACEHOLDER
 from data.source_config import RowFilter
 
+NO_VALUE = "has no value"
+NO_NUMBER = " is no number"
+"""How the reason ends where a filter with bounds finds something else."""
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -53,16 +56,22 @@ def objection(filters: Sequence[RowFilter], row: Mapping[str, Any]) -> tuple[str
     """
     for one in filters:
         if reason := _refused(one, lookup(row, one.field)):
-            return f"filter_{one.field.replace('.', '_')}", reason
+            return filter_rule(one), reason
     return None
+
+
+def filter_rule(one: RowFilter) -> str:
+    """The rule under which the rows that ``one`` refuses are counted."""
+    return f"filter_{one.field.replace('.', '_')}"
 
 
 def _refused(one: RowFilter, value: Any) -> str | None:
     if value is None:
-        return "has no value"
+        return NO_VALUE
     if one.min is not None or one.max is not None:
         if isinstance(value, bool) or not isinstance(value, int | float):
-            return f"{value!r:.40} is no number"
+            kind = "text" if isinstance(value, str) else type(value).__name__
+            return f"{value!r:.40} ({kind}){NO_NUMBER}"
         # Written so that a value that is not a number (NaN) is refused by either bound.
         if one.min is not None and not value >= one.min:
             return f"{value!r} is below {one.min:g}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from data.documents import RawDocument, SourceError, row_as_document, rows_as_do
 from data.fetch import fetch_package, licence
 from data.file_readers import ROW_FORMATS, file_format, read_file
 from data.hub import HubError, hub_rows
-from data.source_config import FileSource, FilesSource, HubSource, PackageSource, Source
+from data.rows import NO_NUMBER, NO_VALUE, filter_rule
+from data.source_config import FileSource, FilesSource, HubSource, PackageSource, RowFilter, Source
 
 __all__ = [
     "RawDocument", "SourceError", "check_files", "check_source", "look_at", "matching_files", "read_source",
@@ -66,21 +68,44 @@ def source_revision(source: Source) -> str:
 
 
 def matching_files(source: FileSource, root: Path) -> list[Path]:
-    """The files of ``source`` under ``root``, sorted by path; none at all is a ``SourceError``."""
+    """The files of ``source`` under ``root``, sorted by path; none, or a link to nowhere, is a ``SourceError``."""
     field = "path" if isinstance(source, FilesSource) else "include"
     if root.is_file():
         return [root]
     if not root.is_dir():
         reason = f"must be an existing folder or file; got {root}; set it to where the text lies"
         raise SourceError(source.name, field, reason)
-    excluded = {path for pattern in source.exclude for path in root.glob(pattern)}
-    found = {path for pattern in source.include for path in root.glob(_files_of(pattern)) if path.is_file()}
+    excluded = {path for pattern in source.exclude for path in _matches(root, pattern)}
+    found = {path for pattern in source.include for path in _matches(root, _files_of(pattern))}
     found = {path for path in found if excluded.isdisjoint((path, *path.parents))} if excluded else found
+    if lost := sorted(path for path in found if path.is_symlink() and not os.path.exists(path)):
+        raise SourceError(source.name, field, _lost_links(lost, root))
+    found = {path for path in found if path.is_file()}
     if not found:
         patterns = ", ".join(source.include)
         reason = f"must match at least one file; got {patterns}, which matches none under {root}"
         raise SourceError(source.name, "include", reason)
     return sorted(found, key=lambda path: _relative(path, root))
+
+
+def _matches(root: Path, pattern: str) -> Iterator[Path]:
+    """What ``pattern`` matches under ``root``, links to nowhere too, which some Pythons find only by a wildcard."""
+    *folders, last = pattern.split("/")
+    if last and not set(last) & set("*?["):
+        for folder in root.glob("/".join(folders)) if folders else [root]:
+            if os.path.lexists(folder / last):
+                yield folder / last
+    else:
+        yield from root.glob(pattern)
+
+
+def _lost_links(lost: Sequence[Path], root: Path) -> str:
+    named = "; ".join(f"{_relative(path, root)} -> {path.readlink()}" for path in lost[:_SHOWN_FILES])
+    more = f" and {len(lost) - _SHOWN_FILES} more" if len(lost) > _SHOWN_FILES else ""
+    return (
+        f"must match no link to nowhere, as to a disk that is not mounted; got {named}{more}; mount the disk, mend the "
+        "link, or exclude it"
+    )
 
 
 def _files_of(pattern: str) -> str:
@@ -115,22 +140,44 @@ def check_files(source: FilesSource) -> None:
 
 
 def check_source(source: FilesSource) -> None:
-    """As ``check_files``, and refuse a template, title or filter that the first row of one of the first files lacks.
+    """As ``check_files``, and refuse what ``look_at`` does in one of the first files.
 
-    Raises ``SourceError``, which says what fields the row has.
+    Raises ``SourceError``.
     """
     check_files(source)
     root = Path(source.path)
     rows = [path for path in matching_files(source, root) if file_format(source, path) in ROW_FORMATS]
     for path in rows[:_LOOKED_AT_FILES]:
         if file_format(source, path) != "json" or path.stat().st_size <= _LARGE_JSON_BYTES:
-            look_at(_read_one(source, path, _relative(path, root)))
+            look_at(source, _read_one(source, path, _relative(path, root)))
 
 
-def look_at(documents: Iterable[RawDocument]) -> None:
-    """Read up to the first row, if one of the first few documents is one, so that what it does not fit is told."""
+def look_at(source: Source, documents: Iterable[RawDocument]) -> None:
+    """Read up to the first row, if one of the first few documents is one, so that what it does not fit is told.
+
+    Raises ``SourceError``: the first row lacks a field of the template, the title or a filter, and what it has; a
+    filter with bounds on a field that holds no number in any of the first rows, and what it holds.
+    """
     first = itertools.islice(documents, _LOOKED_AT_ROWS)
-    next((document for document in first if document.fault not in _NO_ROW), None)
+    rows = (document for document in first if document.fault not in _NO_ROW)
+    seen = list(itertools.islice(rows, None if source.filters else 1))
+    for index, one in enumerate(source.filters):
+        if wrong := _no_number(one, source.filters[index + 1 :], seen):
+            found = f"{wrong.detail.removesuffix(NO_NUMBER)} at {wrong.origin}"
+            reason = f"must be a number in the rows; got {found}, and no number in the first rows"
+            raise SourceError(source.name, f"filters.{index}.field", f"{reason}; make it a number in the file")
+
+
+def _no_number(one: RowFilter, later: Sequence[RowFilter], seen: Sequence[RawDocument]) -> RawDocument | None:
+    """The first row whose field is no number to ``one``, where no row ``seen`` has a number there."""
+    rule = filter_rule(one)
+    passed = {None, *map(filter_rule, later)} - {rule}
+    reasons = [(document.detail, document) for document in seen if document.fault == rule]
+    if any(document.fault in passed for document in seen):
+        return None
+    if any(not reason.endswith((NO_NUMBER, NO_VALUE)) for reason, _ in reasons):
+        return None
+    return next((document for reason, document in reasons if reason.endswith(NO_NUMBER)), None)
 
 
 def _hub_rows(source: HubSource, cache: Path) -> Iterator[Mapping[str, Any]]:

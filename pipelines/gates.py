@@ -80,6 +80,20 @@ class Judgement:
         return f"at {'most' if self.rule == 'max' else 'least'} {limit}"
 
     @property
+    def found(self) -> str:
+        """What was held against the limit in words, with its unit and what was counted; empty where nothing was."""
+        if self.value is None:
+            return ""
+        value, interval, what = self.value, self.interval, ""
+        if self.rule == "max_regression":
+            what = "better by " if value < 0 else "worse by "
+        if value < 0 and what:
+            # How much worse, told from the other side: the bounds change places.
+            value, interval = -value, None if interval is None else (-interval[1], -interval[0])
+        bounds = " ".join(filter(None, [interval_text(interval), self.unit]))
+        return f"{what}{number(value)} {bounds}, n = {counted(self)}"
+
+    @property
     def name(self) -> str:
         """``metric rule``, as overrides know it."""
         return f"{self.metric} {self.rule}"
@@ -242,12 +256,7 @@ def _digest(chain: Chain, node: Node, one: Judgement) -> str:
 
 def line(one: Judgement) -> str:
     """One judgement on one line: what was asked, what was found, and what becomes of it."""
-    measured = ""
-    if one.value is not None:
-        what = "worse by " if one.rule == "max_regression" else ""
-        style = "+.4g" if one.rule == "max_regression" else ".4g"
-        bounds = interval_text(one.interval, "+.3g" if one.rule == "max_regression" else ".3g")
-        measured = f": {what}{number(one.value, style)} {bounds} {one.unit}, n = {counted(one)}"
+    measured = f": {one.found}" if one.found else ""
     state = f"{one.state}, overridden {one.override.at}" if one.override is not None and one.stops else one.state
     return f"gate {one.stage}:{one.metric} {state} ({one.demand}){measured}; {one.why}"
 

@@ -9,8 +9,8 @@ from markupsafe import Markup, escape
 
 from pipelines import page
 from pipelines.comparison import Beside, beside
-from pipelines.gates import Judgement, baseline_evaluations, counted, override_flags, page_path, verdict_of
-from pipelines.report_format import interval_text, number
+from pipelines.gates import Judgement, baseline_evaluations, override_flags, page_path, verdict_of
+from pipelines.report_format import number
 from pipelines.scores import SUBJECT, Evaluation, Items, Score, read_evaluation
 from stages.base import ConfigError
 
@@ -57,17 +57,14 @@ def _samples(spoken: Iterable[Sequence[Evaluation]]) -> list[Beside]:
 
 def _shown(one: Judgement, measured: Evaluation, baselines: Sequence[Evaluation]) -> dict[str, Any]:
     """What the template needs of one judgement."""
-    is_worse = one.rule == "max_regression"
-    style = "+.4g" if is_worse else ".4g"
-    found = f"{'worse by ' if is_worse else ''}{number(one.value, style)} {interval_text(one.interval, style)}"
     passed_over = one.override is not None and one.stops
     return {
         "metric": one.metric,
         "word": f"{one.state}, overridden" if passed_over else one.state,
         "style": _STYLES[one.state],
         "demand": one.demand,
-        "value": one.value,
-        "found": f"{found} {one.unit}, n = {counted(one)}",
+        "found": one.found,
+        "unit": one.unit,
         "why": one.why,
         "svg": interval_svg(one),
         "at": one.override.at if one.override else "",
@@ -77,7 +74,9 @@ def _shown(one: Judgement, measured: Evaluation, baselines: Sequence[Evaluation]
     }
 
 
-def worst_items(one: Judgement, measured: Evaluation, baselines: Sequence[Evaluation]) -> list[dict[str, Any]]:
+def worst_items(
+    one: Judgement, measured: Evaluation, baselines: Sequence[Evaluation], most: int = WORST
+) -> list[dict[str, Any]]:
     """The items that make the model worse than its baseline by most, each by what it adds to the whole difference."""
     from pipelines.paired import in_order
 
@@ -92,11 +91,11 @@ def worst_items(one: Judgement, measured: Evaluation, baselines: Sequence[Evalua
     sign = -1 if after.better == "higher" else 1
     whole = sum(items.denominator) or 1.0
     parts = [sign * (new - old) / whole for old, new in zip(before.items.numerator, items.numerator, strict=True)]
-    order = sorted(range(len(parts)), key=lambda place: -parts[place])[:WORST]
+    order = sorted(range(len(parts)), key=lambda place: -parts[place])[:most]
     return [
         {
             "id": items.ids[place], "family": "" if items.families is None else items.families[place],
-            "before": _ratio(before.items, place), "after": _ratio(items, place), "worse": parts[place],
+            "before": _ratio(before.items, place), "after": _ratio(items, place), "share": parts[place],
         }
         for place in order
         if parts[place] > 0
@@ -125,7 +124,7 @@ def interval_svg(one: Judgement) -> Markup:
 
     left, right, at, limit = (x(value) for value in (*one.interval, one.value, one.limit))
     shade = (_EDGE, limit - _EDGE) if one.rule == "min" else (limit, _WIDTH - _EDGE - limit)
-    title = escape(f"{one.metric}: {number(one.value)} {interval_text(one.interval)}, limit {number(one.limit)}")
+    title = escape(f"{one.metric}: {one.found}; limit: {one.demand}")
     return Markup(
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" style="max-width:{2 * _WIDTH}px" role="img" aria-label="{title}">'
         f"<title>{title}</title>"

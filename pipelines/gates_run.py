@@ -65,7 +65,7 @@ def settle(chain: Chain, node: Node, words: Sequence[str] = (), quiet: bool = Fa
         return False
     _tell(node, found, {one.digest for one in added}, quiet)
     if not quiet:
-        _tell_idle(node, found, words)
+        tell_idle([word for word in words if word.partition(":")[0] == node.name and _is_idle(found, word)])
     closed = [one for one in found if one.closed]
     if closed or added or not quiet:
         why = _page(chain, node, found)
@@ -106,6 +106,33 @@ def unmeasured_faults(
             )
             faults.append(chain.recipe.fault(f"{node.name}.from", message))
     return faults
+
+
+def idle_words(chain: Chain, words: Sequence[str], names: Collection[str] = ()) -> list[str]:
+    """The overrides of finished evaluations that let nothing pass; of those among ``names``, ``settle`` says so."""
+    return [word for word in words if word.partition(":")[0] not in names and _is_open_to(chain, word)]
+
+
+def _is_open_to(chain: Chain, word: str) -> bool:
+    node = chain.nodes[word.partition(":")[0]]
+    try:
+        return is_done(node) and _is_idle(judge(chain, node), word)
+    except ArtifactError:
+        # Whoever must decide the gate says that it cannot be judged.
+        return False
+
+
+def handed_on(chain: Chain, nodes: Sequence[Node], words: Sequence[str]) -> list[str]:
+    """The overrides that a child of ``--all`` needs for ``nodes``: without those that are known to idle."""
+    idle = idle_words(chain, words, [node.name for node in nodes])
+    return [word for word in words if word not in idle]
+
+
+def tell_idle(words: Sequence[str]) -> None:
+    """Say of overrides that they let nothing pass: what they name is open, and nothing is recorded for them."""
+    for word in words:
+        stage = word.partition(":")[0]
+        print(f"{stage}: {FLAG} {word} overrides nothing: no gate that it names is closed", flush=True)
 
 
 def passed_over(chain: Chain, node: Node, words: Sequence[str] = ()) -> tuple[dict[str, Any], ...]:
@@ -151,12 +178,8 @@ def _tell(node: Node, found: Sequence[Judgement], new: Collection[str], quiet: b
             print(line(one), flush=True)
 
 
-def _tell_idle(node: Node, found: Sequence[Judgement], words: Sequence[str]) -> None:
-    """Overrides that let nothing pass: what they name is open, and nothing is recorded for them."""
-    for word in words:
-        overrides = [one for one in found if _is_named(one, [word]) and one.stops]
-        if word.partition(":")[0] == node.name and not overrides:
-            print(f"{node.name}: {FLAG} {word} overrides nothing: no gate that it names is closed", flush=True)
+def _is_idle(found: Sequence[Judgement], word: str) -> bool:
+    return not any(_is_named(one, [word]) and one.stops for one in found)
 
 
 def _page(chain: Chain, node: Node, found: Sequence[Judgement]) -> str:

@@ -29,6 +29,7 @@ from pipelines.lineage_read import (
     code_line,
     family,
     find_artifact,
+    lineage_faults,
     override_lines,
     pins_of,
     read_node,
@@ -50,6 +51,8 @@ def _lines(node: Node, taken: str | None, depth: int, seen: set[Path]) -> Iterat
             yield f"{indent}  (ancestors as above)"
         return
     seen.add(node.directory)
+    if node.edges_fault:
+        yield f"{indent}  FAULT {node.edges_fault}"
     if code := code_line(node.record):
         yield f"{indent}  {code}"
     for line in override_lines(node.record):
@@ -128,25 +131,28 @@ def run(arguments: argparse.Namespace) -> int:
 
         a, b = (find_artifact(getattr(arguments, side), arguments.runs, side.upper()) for side in ("a", "b"))
         print("\n".join(diff_lines(a, b, whole=arguments.all)))
-        return EXIT_DONE
+        return EXIT_FAILED if lineage_faults(a, b) else EXIT_DONE
     if arguments.artifact is not None:
         directory = find_artifact(arguments.artifact, arguments.runs)
         if arguments.command == "verify":
             return verify_all(family(directory), arguments.cache)
         print("\n".join(ancestry(directory)))
-        return EXIT_DONE
+        return EXIT_FAILED if lineage_faults(directory) else EXIT_DONE
     found = sorted(path.parent for path in arguments.runs.glob("*/*/stage.json"))
     if not found:
         raise ConfigError(Fault("--runs", f"must hold artifacts; got {arguments.runs}; run a stage first"))
     nodes = [read_node(path) for path in found]
     if arguments.command == "verify":
         return verify_all(nodes, arguments.cache)
-    print("\n".join(f"{node.directory.parent.name}/{describe(node)}" for node in nodes))
-    return EXIT_DONE
+    for node in nodes:
+        print(f"{node.directory.parent.name}/{describe(node)}")
+        if node.edges_fault:
+            print(f"  FAULT {node.edges_fault}")
+    return EXIT_FAILED if any(node.edges_fault for node in nodes) else EXIT_DONE
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command: 0 when all is well, 1 when something does not verify, 2 for what the user gave."""
+    """The command: 0 when all is well, 1 when something does not verify or lineage lost, 2 for what the user gave."""
     arguments = parse(argv)
     try:
         return run(arguments)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.lineage_read import SHORT, Node, family
+from pipelines.lineage_read import SHORT, Node, family, lineage_faults
 from pipelines.lineage_verify import changed_files, some
 from pipelines.staleness import leaf_changes, plain
 from stages.runtime.code import read_code
@@ -73,6 +73,7 @@ def diff_lines(a: Path, b: Path, *, whole: bool = False) -> list[str]:
     """The comparison as text; ``whole`` shows every item."""
     found = pair_up(a, b)
     lines = [f"A  {a.resolve().parent.name}/{a.resolve().name}", f"B  {b.resolve().parent.name}/{b.resolve().name}"]
+    lines += [f"FAULT {fault}" for fault in lineage_faults(a, b)]
     if found.same:
         lines.append(f"one and the same in both: {', '.join(node.name for node in found.same)}")
     for one, other in found.pairs:

@@ -9,7 +9,7 @@ from typing import Any
 
 from stages.base import ConfigError, Fault
 from stages.runtime.artifact import ArtifactError, read_record
-from stages.runtime.edges import read_edges, sealed_digest
+from stages.runtime.edges import LINEAGE_FILE, read_edges, sealed_digest, way_out
 
 SHORT = 12
 """Characters of a digest that are shown."""
@@ -34,6 +34,8 @@ class Node:
     edges: list[Edge]
     fault: str = ""
     """Why its files cannot be read; what lies beside it is looked at all the same."""
+    edges_fault: str = ""
+    """Why ``lineage.json`` cannot be read; the edges are then those that ``stage.json`` knows as parents."""
 
     @property
     def digest(self) -> str | None:
@@ -54,13 +56,42 @@ class Node:
 def read_node(directory: Path) -> Node:
     """The artifact in ``directory``; its edges come from ``lineage.json``, the newest of each name."""
     directory = directory.resolve()
-    newest: dict[str, Edge] = {}
+    fault = edges_fault = ""
+    record: dict[str, Any] = {}
+    content: dict[str, Any] | None = None
     try:
-        for edge in (read_edges(directory) or {"inputs": []})["inputs"]:
-            newest[edge["name"]] = Edge(edge["name"], edge["digest"], (directory / edge["path"]).resolve().parent)
-        return Node(directory, read_record(directory) or {}, list(newest.values()))
-    except (ArtifactError, ValueError, KeyError, TypeError) as error:
-        return Node(directory, {}, list(newest.values()), str(error) or repr(error))
+        record = read_record(directory) or {}
+    except ArtifactError as error:
+        fault = str(error)
+    try:
+        content = read_edges(directory)
+    except ArtifactError as error:
+        edges_fault = str(error)
+    if content is None:
+        parents = _parents(directory, record)
+        is_done = record.get("state") == "done"
+        if not edges_fault and (parents or is_done):
+            remedy = way_out(directory) if is_done else "run the stage again: going on writes it anew"
+            edges_fault = f"{directory / LINEAGE_FILE} is missing; {remedy}"
+        return Node(directory, record, parents, fault, edges_fault)
+    newest = {
+        edge["name"]: Edge(edge["name"], edge["digest"], (directory / edge["path"]).resolve().parent)
+        for edge in content["inputs"]
+    }
+    return Node(directory, record, list(newest.values()), fault)
+
+
+def _parents(directory: Path, record: dict[str, Any]) -> list[Edge]:
+    """The inputs that were taken, by ``stage.json``; a run that was refused before it took any has none."""
+    found = []
+    for link in record.get("parents", {}).values():
+        if not {"stage", "key", "path", "digest"} <= (link or {}).keys() or link["digest"] is None:
+            continue
+        # The path is absolute: where runs/ was moved, a parent of the same pipeline still lies beside its child.
+        beside = directory.parent / Path(link["path"]).name
+        place = beside if beside.is_dir() else Path(link["path"])
+        found.append(Edge(f"{link['stage']}-{link['key'][:8]}", link["digest"], place.resolve()))
+    return found
 
 
 def family(directory: Path) -> list[Node]:
@@ -73,6 +104,12 @@ def family(directory: Path) -> list[Node]:
             nodes[path] = read_node(path)
             waiting += [edge.directory for edge in nodes[path].edges]
     return list(nodes.values())
+
+
+def lineage_faults(*directories: Path) -> list[str]:
+    """What is wrong with each ``lineage.json`` of these artifacts and their ancestors, each once."""
+    nodes = {node.directory: node for directory in directories for node in family(directory)}
+    return [node.edges_fault for node in nodes.values() if node.edges_fault]
 
 
 def find_artifact(name: str, runs: Path, said: str = "ARTIFACT") -> Path:

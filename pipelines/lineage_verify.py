@@ -34,7 +34,7 @@ class Findings:
 
 def verify(node: Node, cache: Path) -> Findings:
     """Hash all that is sealed in one artifact, and compare its record, edges, sources and code with what lies there."""
-    found = Findings()
+    found = Findings(faults=[node.edges_fault] if node.edges_fault else [])
     if node.fault:
         found.faults.append(node.fault)
     elif not node.record:

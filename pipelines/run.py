@@ -317,6 +317,7 @@ def _refuse_training(chain: Chain, names: list[str]) -> None:
 
 def _run_all(chain: Chain, options: argparse.Namespace) -> int:
     from pipelines.contamination import contamination_notes
+    from pipelines.gates_run import handed_on
     from pipelines.launch import run_all
     from pipelines.preflight import early_faults, refuse, shorter_faults
     from pipelines.show import write_report
@@ -330,7 +331,7 @@ def _run_all(chain: Chain, options: argparse.Namespace) -> int:
     return run_all(
         chain,
         chosen,
-        lambda nodes: stages_argv(nodes, options),
+        lambda nodes: stages_argv(nodes, options, handed_on(chain, nodes, options.override_gate)),
         lambda node: command_line(node, options),
         finish=lambda: write_report(chain),
         overrides=options.override_gate,
@@ -344,14 +345,14 @@ def _surroundings(chain: Chain) -> Surroundings:
     return Surroundings(ROOT / ".cache", tracking.wandb, tracking.project, tracking.entity)
 
 
-def stages_argv(nodes: Sequence[Node], options: argparse.Namespace) -> list[str]:
+def stages_argv(nodes: Sequence[Node], options: argparse.Namespace, overrides: Sequence[str] = ()) -> list[str]:
     """The command by which ``--all`` runs a training stage, under the deepspeed launcher, or others, in Python."""
     from pipelines.launch import launcher_argv
 
     script = ROOT / "pipelines" / "run.py"
     start = launcher_argv(script, options.num_gpus) if nodes[0].stage.launched else [sys.executable, str(script)]
     names = [word for node in nodes for word in ("--stage", node.name)]
-    names += [word for gate in options.override_gate for word in ("--override-gate", gate)]
+    names += [word for gate in overrides for word in ("--override-gate", gate)]
     names += ["--require-fast-kernels"] if options.require_fast_kernels else []
     names += ["--cache-dir", str(options.cache_dir.absolute())]
     return [*start, *names, *_recipe_options(options), "--runs", str(options.runs.absolute())]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from pipelines.chain import Chain, Node
 from pipelines.gate import Gate
-from pipelines.gates_run import passed_over, settle, settle_before, unmeasured_faults
+from pipelines.gates_run import idle_words, passed_over, settle, settle_before, tell_idle, unmeasured_faults
 from pipelines.graph import input_name
 from pipelines.preflight import early_faults, refuse, shorter_faults
 from pipelines.staleness import standing
@@ -37,6 +37,8 @@ def run_stages(
     """
     with distributed.note_launcher():
         distributed.settle_threads()
+        if distributed.rank() == 0:
+            tell_idle(idle_words(chain, overrides, names))
         for name in names:
             code = _run_noted(chain, chain.nodes[name], around, command_for, overrides)
             if code != EXIT_DONE:

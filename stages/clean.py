@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import time
 from pathlib import Path
@@ -156,7 +157,7 @@ class Clean(Stage):
             raise source_error(config.sources, error) from error
         except DataError as error:
             raise ConfigError([Fault(field, message) for field, message in error.faults]) from error
-        _audit(config, described)
+        _audit(described, context.output)
         return StageResult(_metrics(described), _summary(described, facts))
 
 
@@ -211,7 +212,7 @@ def _executor_faults(config: CleanConfig) -> list[Fault]:
     return []
 
 
-def _audit(config: CleanConfig, described: list[dict[str, Any]]) -> None:
+def _audit(described: list[dict[str, Any]], output: Path) -> None:
     """Refuse a corpus that cannot be trained on or measured with (TRAPS T4, M4): each source needs both sides."""
     faults = []
     for index, entry in enumerate(described):
@@ -221,10 +222,19 @@ def _audit(config: CleanConfig, described: list[dict[str, Any]]) -> None:
             faults.append(Fault(
                 f"sources.{index}",
                 f"source {entry['name']} must keep at least 2 documents, one to train on and one to hold out; got "
-                f"{train + heldout} (dropped: {lost}); give it more text, split: blank_line, or other rules",
+                f"{train + heldout} (dropped: {lost}){_such_as(output, entry)}; give it more text, split: blank_line, "
+                "or other rules",
             ))  # fmt: skip
     if faults:
         raise ConfigError(faults)
+
+
+def _such_as(output: Path, entry: dict[str, Any]) -> str:
+    """One document that the rule which dropped most left out, with the reason, where the report's samples say it."""
+    rule = max(entry["dropped"], key=lambda name: entry["dropped"][name], default=None)
+    samples = json.loads((output / "report.json").read_text(encoding="utf-8"))["samples"]
+    found = (one for one in samples if (one["source"], one["rule"]) == (entry["name"], rule) and "detail" in one)
+    return next((f", such as {one['origin']}: {one['detail']}" for one in found), "")
 
 
 def _metrics(described: list[dict[str, Any]]) -> dict[str, Any]:

@@ -177,9 +177,9 @@ def assert_only(store: CheckpointStore, step: int) -> None:
 @pytest.mark.parametrize(
     ("error", "way_out"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "free some space"),
-        (OSError(errno.EDQUOT, "Disk quota exceeded"), "free some space"),
-        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), "free some space"),
+        (OSError(errno.ENOSPC, "No space left on device"), "free some space, lower keep_checkpoints"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "free some space, lower keep_checkpoints"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0"), "free some space, lower keep_checkpoints"),
         (PermissionError(errno.EACCES, "Permission denied"), "right to write there"),
         (OSError(errno.EROFS, "Read-only file system"), "right to write there"),
     ],

@@ -37,6 +37,15 @@ def test_faults_are_named_with_field_and_way_out(changes, path, message):
     assert re.search(message, faults(**changes)[path])
 
 
+def test_a_warm_up_and_a_decay_that_each_exceed_the_steps_are_told_at_once():
+    found = faults(schedule={"kind": "wsd", "warmup_steps": 16, "decay_steps": 70})
+    assert set(found) == {"schedule.warmup_steps", "schedule.decay_steps"}
+    assert "below max_steps 4; got 16" in found["schedule.warmup_steps"]
+    assert "max_steps 4 together with warmup_steps; got 70; set both to 4 in all" in found["schedule.decay_steps"]
+    # A decay that a shorter warm-up leaves room for is no fault.
+    assert set(faults(schedule={"kind": "wsd", "warmup_steps": 16, "decay_steps": 3})) == {"schedule.warmup_steps"}
+
+
 def test_several_faults_come_together():
     assert set(faults(max_length=65, schedule={"kind": "cosine", "warmup_steps": 4}, deepspeed="zero9")) == {
         "max_length", "schedule.warmup_steps", "deepspeed",

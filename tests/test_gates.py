@@ -133,7 +133,7 @@ def test_a_score_that_should_rise_regresses_when_it_falls(home):
     assert found.state == "failed"
     assert found.value == pytest.approx(0.1, abs=0.05)
     assert "at most 0.02 worse than base" in line(found)
-    assert "worse by +" in line(found)
+    assert "worse by 0." in line(found)
 
 
 def test_each_limit_and_each_score_of_a_pattern_is_judged_by_itself(home):  # trap M8

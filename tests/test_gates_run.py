@@ -1,6 +1,7 @@
 """Gates while the chain runs: what stops, with which exit code, what an override leaves behind, what is shown."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import yaml
 from report_chain import STAGES, make_chain, run_chain
 
 from pipelines import compare, lineage, report
+from pipelines.gates_run import handed_on
 from pipelines.launch import run_all, together
 from pipelines.run import main, parse, stages_argv
 from stages.base import ConfigError
@@ -85,7 +87,7 @@ def test_an_evaluation_whose_gate_fails_is_done_and_ends_with_code_1(home, run):
     assert record(home, "judge-tuned")["state"] == "done"
     assert "judge-tuned: gates: 1 failed, 1 passed" in out
     first, last = err.splitlines()
-    assert first.startswith("gate judge-tuned:bpb/de failed (at most 0.01 worse than base): worse by +0.2")
+    assert first.startswith("gate judge-tuned:bpb/de failed (at most 0.01 worse than base): worse by 0.2")
     page = record_page(last)
     assert "the chain stops here" in (home / page).read_text(encoding="utf-8")
 
@@ -198,12 +200,17 @@ def test_a_child_ends_with_the_stage_whose_gates_are_to_be_judged(home):
     ]  # fmt: skip
 
 
-def test_children_are_told_of_overrides(home):
-    options = parse(["--all", "--override-gate", "judge-tuned:bpb/de", "--override-gate", "other"])
-    (ship,) = [node for node in chain_of(home) if node.name == "ship"]
-    words = stages_argv([ship], options)
+def test_children_are_told_of_overrides_but_of_none_that_is_known_to_override_nothing(home):
+    said = ["judge-tuned:bpb/de", "judge-tuned:safety/over_refusal"]
+    chain = chain_of(home)
+    ship, tuned = chain.nodes["ship"], chain.nodes["judge-tuned"]
+    assert handed_on(chain, [ship], said) == said, "nothing is measured yet"
+    run_chain(chain, "judge-base", "judge-tuned")
+    assert handed_on(chain, [ship], said) == said[:1]
+    assert handed_on(chain, [tuned], said) == said, "the evaluation's own child says what idles"
+    words = stages_argv([ship], parse(["--all"]), said)
     place = words.index("--override-gate")
-    assert words[place : place + 4] == ["--override-gate", "judge-tuned:bpb/de", "--override-gate", "other"]
+    assert words[place : place + 4] == ["--override-gate", said[0], "--override-gate", said[1]]
 
 
 def test_status_and_plan_show_a_closed_gate(home, run):
@@ -222,6 +229,17 @@ def test_status_and_plan_show_a_closed_gate(home, run):
     assert "note: gate judge-tuned:bpb/de failed" in out
 
 
+def test_status_report_and_lineage_say_of_a_regression_what_the_gates_line_says(home, run, capsys):
+    err = run("--stage", "judge-base", "--stage", "judge-tuned")[2]
+    (said,) = re.findall(r"worse by 0\.2\d+ \[0\.\d+, 0\.\d+\] bits_per_byte, n = 200 documents", err)
+    assert said in run("--status", "--json")[1]
+    run("--stage", "ship", "--override-gate", "judge-tuned")
+    assert lineage.main(["show", record_name(home, "ship"), "--runs", "runs"]) == 0
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert report.main(["--pipeline", "toy.yaml", "--runs", "runs"], STAGES) == 0
+    assert f"found {said}<" in (home / "runs/toy/report/index.html").read_text(encoding="utf-8")
+
+
 def test_looking_at_the_status_writes_nothing(home, run):
     run("--stage", "judge-base", "--stage", "judge-tuned")
     before = {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*") if path.is_file()}
@@ -236,6 +254,19 @@ def test_an_override_of_a_gate_that_is_open_says_that_it_overrides_nothing(home,
     assert "overrides nothing" not in out
     code, out, _ = run("--stage", "judge-tuned", "--override-gate", "judge-tuned:safety/over_refusal")
     assert "judge-tuned: --override-gate judge-tuned:safety/over_refusal overrides nothing: no gate" in out
+
+
+def test_a_later_stage_done_or_not_says_of_an_override_of_an_open_gate_that_it_overrides_nothing(home, run):
+    word = "judge-tuned:safety/over_refusal"
+    told = f"judge-tuned: --override-gate {word} overrides nothing: no gate that it names is closed"
+    run("--stage", "judge-base", "--stage", "judge-tuned")
+    argv = ["--stage", "ship", "--override-gate", "judge-tuned:bpb/de", "--override-gate", word]
+    code, out, _ = run(*argv)
+    assert (code, out.splitlines().count(told)) == (0, 1)
+    code, out, _ = run(*argv)
+    assert (code, out.splitlines()[0]) == (0, told)
+    assert "ship: already done" in out
+    assert "judge-tuned:bpb/de overrides nothing" not in out
 
 
 def test_a_gate_against_an_evaluation_is_answered_with_the_model_that_it_measures(home, run):

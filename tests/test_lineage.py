@@ -18,13 +18,16 @@ def make(runs, name, inputs=(), sources=None):
     stage, key8 = name.split("-")
     directory = runs / "demo" / name
     digest = sealed(directory / "output", content=name.encode())
+    parents = {}
     tracker = tracker_in(directory, stage=stage, kind=stage, key=key8 * 8)
     for parent, parent_digest in inputs:
         tracker.use_artifact(parent, runs / "demo" / parent / "output", parent_digest)
+        kind, key = parent.split("-")
+        parents[kind] = {"stage": kind, "key": key * 8, "path": str(runs / "demo" / parent), "digest": parent_digest}
     tracker.log_artifact(name, "model", directory / "output", digest, {})
     tracker.finish("done")
     record = {"format": 1, "state": "done", "stage": stage, "kind": stage, "key": key8 * 8, "output_digest": digest}
-    (directory / "stage.json").write_text(json.dumps({**record, "sources": sources or {}}))
+    (directory / "stage.json").write_text(json.dumps({**record, "parents": parents, "sources": sources or {}}))
     return digest
 
 
@@ -138,6 +141,84 @@ def test_a_parent_that_is_gone_is_named(runs, capsys):
     assert main(["--runs", str(runs), "show", TOKENIZER]) == 0
     assert f"{CORPUS}  GONE" in capsys.readouterr().out
     assert main(["--runs", str(runs), "verify", TOKENIZER]) == 1
+
+
+BROKEN = {
+    "missing": (None, "lineage.json is missing"),
+    "emptied": ("", "lineage.json cannot be read: Expecting value"),
+    "a list": ("[]", "lineage.json must be an object with a run, its inputs and outputs"),
+    "an empty object": ("{}", "lineage.json must hold a list of inputs"),
+    "no run": ('{"inputs": [], "outputs": []}', "lineage.json must name its run"),
+    "no outputs": ('{"run": {}, "inputs": []}', "lineage.json must hold a list of outputs"),
+    "half an edge": (
+        '{"inputs": [{"name": "x"}], "outputs": []}',
+        "lineage.json must give inputs.0 its type, path, digest, metadata",
+    ),
+}
+
+
+@pytest.fixture(params=BROKEN)
+def broken(request, runs):
+    """The same artifacts, the tokens' ``lineage.json`` damaged, and what is to be said of it."""
+    content, words = BROKEN[request.param]
+    path = runs / "demo" / TOKENS / "lineage.json"
+    path.unlink() if content is None else path.write_text(content)
+    return runs, f"{runs / 'demo' / TOKENS}/{words}"
+
+
+def test_show_says_that_lineage_json_is_lost_and_goes_on_by_the_parents_of_stage_json(broken, capsys):
+    runs, words = broken
+    assert main(["--runs", str(runs), "show", MODEL]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        MODEL, TOKENS, "FAULT", CORPUS, "source", "source", TOKENIZER, CORPUS,
+    ]  # fmt: skip
+    assert lines[2].startswith(f"    FAULT {words}")
+    assert f"restore it from a copy, or delete {runs / 'demo' / TOKENS} and run the stage again" in lines[2]
+    assert main(["--runs", str(runs), "show"]) == 1
+    assert f"  FAULT {words}" in capsys.readouterr().out
+
+
+def test_diff_says_that_lineage_json_is_lost_and_compares_the_whole_ancestries(broken, capsys):
+    runs, words = broken
+    assert main(["--runs", str(runs), "diff", MODEL, TOKENS]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith(f"FAULT {words}")
+    assert lines[3] == f"one and the same in both: {', '.join((TOKENS, CORPUS, TOKENIZER))}"
+
+
+def test_verify_names_the_lost_lineage_json_alone_and_walks_on(broken, capsys):
+    runs, words = broken
+    assert main(["--runs", str(runs), "verify", MODEL]) == 1
+    captured = capsys.readouterr()
+    (fault,) = captured.err.splitlines()
+    assert fault.startswith(f"FAULT {words}")
+    assert "restore it from a copy" in fault
+    assert captured.out.count("ok ") == 4
+
+
+def test_a_moved_runs_folder_finds_its_ancestors_without_lineage_json(runs, tmp_path, capsys):
+    moved = tmp_path / "elsewhere"
+    (runs / "demo").rename(moved)
+    (moved / MODEL / "lineage.json").unlink()
+    assert main(["show", str(moved / MODEL)]) == 1
+    shown = capsys.readouterr().out
+    assert "GONE" not in shown
+    assert CORPUS in shown
+
+
+def test_an_unfinished_run_lacks_lineage_json_only_once_it_has_taken_an_input(runs, capsys):
+    directory = runs / "demo" / "dpo-eeeeeeee"
+    directory.mkdir()
+    link = {"stage": "pretrain", "key": "d" * 64, "path": str(runs / "demo" / MODEL), "digest": None}
+    record = {"format": 1, "state": "failed", "stage": "dpo", "kind": "dpo", "parents": {"from_": link}}
+    (directory / "stage.json").write_text(json.dumps(record))
+    assert main(["show", str(directory)]) == 0
+    assert "lineage.json" not in capsys.readouterr().out
+    link["digest"] = "f" * 64
+    (directory / "stage.json").write_text(json.dumps(record))
+    assert main(["show", str(directory)]) == 1
+    assert "lineage.json is missing; run the stage again: going on writes it anew" in capsys.readouterr().out
 
 
 def test_a_moved_runs_folder_keeps_its_lineage(runs, tmp_path, capsys):

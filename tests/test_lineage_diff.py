@@ -97,6 +97,18 @@ def test_an_artifact_does_not_differ_from_itself(make):
     assert {node.name for node in pairing.same} == {node.name for node in family(tuned)}
 
 
+def test_the_record_of_a_run_gives_the_edges_that_a_lost_lineage_json_had(make):
+    tuned = make("tuned")
+    before = read_node(tuned).edges
+    (tuned / "lineage.json").unlink()
+    after = read_node(tuned)
+    assert after.edges_fault.startswith(f"{tuned}/lineage.json is missing")
+    assert len(before) == 2
+    assert {(edge.name, edge.digest, edge.directory) for edge in after.edges} == {
+        (edge.name, edge.digest, edge.directory) for edge in before
+    }
+
+
 def test_stages_of_one_kind_under_two_names_are_a_pair(tmp_path):
     made = [variant(tmp_path, "dpo", lr=0.1), variant(tmp_path, "dpo-ipo", lr=0.2)]
     pairing = pair_up(*made)

@@ -11,7 +11,7 @@ from data import mix
 from data.errors import DataError
 from data.loader import MixtureLoader
 from data.mix import PERIOD_ROWS, PhasedSchedule, SourceSchedule
-from data.mixture import Mixture, Phase, cell_of, source_shares
+from data.mixture import Mixture, Phase, capped, cell_of, source_shares
 from pipelines.chain import build_chain
 from pipelines.preflight import refuse_early
 from pipelines.recipe import load_recipe
@@ -205,8 +205,38 @@ def test_a_cap_is_met_across_phases_and_pushes_on(tokens):
 
 def test_a_cap_that_the_data_cannot_meet_is_refused(tokens):
     # trap T5
-    with pytest.raises(DataError, match=r"cap_epochs must let the sources \['bb', 'cc'\] give the 5,120 tokens of pha"):
+    with pytest.raises(DataError, match=r"cap_epochs must let the sources bb, cc give the 5,120 tokens of the run"):
         make(tokens, weights={"aa": 0, "bb": 1, "cc": 1}, cap_epochs=1.0, max_steps=40)
+
+
+ONE, BOTH, OTHER = {"aa": 1.0, "bb": 0.0}, {"aa": 0.5, "bb": 0.5}, {"aa": 0.0, "bb": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("shares", "lengths", "tokens", "said"),
+    [
+        # a short first phase alone would be filled: it is the run that is not
+        ([BOTH, BOTH], [1_536, 25_598_464], [300_000, 65_832], "aa, bb give the 25,600,000 tokens of the run; at 2 "
+         "passes they give 731,664"),
+        # no less so where the phases weigh the same sources differently
+        ([BOTH, {"aa": 0.9, "bb": 0.1}], [100, 900], [50, 60], "aa, bb give the 1,000 tokens of the run; at 2 passes "
+         "they give 220"),
+        ([ONE, OTHER], [1_000, 1_000], [400, 5_000], "aa give the 1,000 tokens of phase 0; at 2 passes they give 800"),
+        ([BOTH, ONE], [1_000, 1_000], [400, 5_000], "aa give the 1,000 tokens of phase 1; at 2 passes they give 800"),
+        ([ONE, OTHER, ONE], [1_000, 10, 1_000], [900, 99], "aa give the 2,000 tokens of phases 0, 2; at 2 passes they "
+         "give 1,800"),
+        # enough for phase 0 by itself, which gets 1,600 / 1,500 of a token for each that is asked, less what 1 takes
+        ([ONE, {"aa": 0.8, "bb": 0.2}], [1_000, 1_000], [600, 600], "aa give the 1,000 tokens of phase 0; at 2 passes "
+         "they give 667 there, since other phases read them too"),
+    ],
+)  # fmt: skip
+def test_a_cap_that_cannot_be_met_says_what_is_short_in_true_figures(shares, lengths, tokens, said):
+    # trap T5
+    with pytest.raises(DataError) as caught:
+        capped(shares, lengths, dict(zip(("aa", "bb"), tokens, strict=True)), 2.0)
+    ((field, message),) = caught.value.faults
+    assert field == "cap_epochs"
+    assert message.startswith(f"must let the sources {said}; raise cap_epochs")
 
 
 def test_a_capped_run_is_not_extended_since_its_shares_depend_on_its_length():

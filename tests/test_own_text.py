@@ -53,10 +53,10 @@ def odd(folder):
     os.mkfifo(folder / "pipe.txt")
     (folder / ".hidden").touch()
     return {
+        "gone.txt": "a link to what is not there, nowhere.txt",
         "blank.md": "holds nothing but blanks",
         "code.py": f"1 document of its kind, a source needs {MIN_DOCUMENTS}",
         "empty.txt": "empty",
-        "gone.txt": "a link",
         "latin1.txt": "not UTF-8: byte 0xdc",
         "nothing.jsonl": "holds no rows",
         "picture.png": "not of a kind that is read",
@@ -67,6 +67,15 @@ def odd(folder):
         "void.jsonl": "nothing in the field text",
         "zero.txt": "not text: it holds zero bytes",
     }
+
+
+def test_a_link_to_nowhere_is_named_with_its_target_before_all_that_is_left_out(tmp_path):
+    texts(tmp_path, 4)
+    for number in range(20):
+        (tmp_path / f"a{number}.png").touch()
+    (tmp_path / "z.txt").symlink_to("/no/disk/z.txt")
+    said = read_directory(tmp_path).lines(tmp_path)[1]
+    assert said.startswith("left out: z.txt (a link to what is not there, /no/disk/z.txt), a0.png (not of a kind")
 
 
 def test_what_holds_no_text_becomes_no_source_and_is_named_with_the_reason(tmp_path):

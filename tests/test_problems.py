@@ -198,6 +198,9 @@ def test_faulty_rows_beyond_the_first_ten_are_counted(tmp_path):
     assert [message.split(":")[0] for message in messages[:10]] == [f"plain.jsonl, line {n}" for n in range(2, 12)]
     assert messages[10:] == ["plain.jsonl: and 3 more faults like these"]
     with pytest.raises(DataError) as caught:
+        read(tmp_path, "plain", *[{"id": str(number)} for number in range(11)])
+    assert caught.value.faults[10:] == [("", "plain.jsonl: and 1 more fault like these")]
+    with pytest.raises(DataError) as caught:
         read(tmp_path, "plain", *[{"id": str(number)} for number in range(10)])
     assert len(caught.value.faults) == 10, "ten are told, and no more are spoken of"
 

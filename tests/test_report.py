@@ -140,10 +140,13 @@ def test_files_that_cannot_be_read_become_notices(tmp_path):
     metrics.write_text("<b>no JSON</b>\n" + metrics.read_text())
     overwrite(folders["judge-base"] / "output" / "scores.json", '{"scores": [3]}')
     (folders["text"] / "lineage.json").write_text("[")
+    half = '{"inputs": [{"name": "x"}], "outputs": []}'
+    (folders["pairs"] / "lineage.json").write_text(half)
     words = report_text(chain, MADE)
     assert "line 1 must be a JSON row" in words
     assert "scores.json has another SHA-256 than the manifest" in words
-    assert "JSONDecodeError" in words
+    assert f"{folders['text'] / 'lineage.json'} cannot be read" in words
+    assert f"{folders['pairs'] / 'lineage.json'} must give inputs.0 its type, path, digest, metadata" in words
     assert "<b>no JSON" not in words
 
 

@@ -114,7 +114,7 @@ def test_programs_stand_with_their_sandbox_and_what_became_of_them(text):  # tra
 def test_gates_stand_with_what_they_demand_and_found(text):
     said = words(text)
     assert "safety/over_refusal look-tuned failed the chain stops here demanded at most 0.05, found 0.575" in said
-    assert "margins/accuracy look-tuned passed demanded at most 0.05 worse than base, found -0.2875" in said
+    assert "margins/accuracy look-tuned passed demanded at most 0.05 worse than base, found better by 0.2875" in said
 
 
 def test_licences_are_those_of_the_recipe_and_those_that_a_stage_found(chain, text):

@@ -92,6 +92,16 @@ def test_a_refused_restart_leaves_what_was_saved_as_it_was(cli, tmp_path, capsys
     assert "saved at step 7" in capsys.readouterr().out
 
 
+def test_a_start_names_the_newest_checkpoint_and_promises_nothing_of_it(cli, tmp_path, capsys):
+    assert cli("--stage", "train", "--set", "train.ending=saved") == 85
+    assert "checkpoint" not in capsys.readouterr().out
+    train = next((tmp_path / "runs" / "toy").glob("train-*"))
+    (train / "checkpoints" / "step-00000011").mkdir(parents=True)
+    (train / "checkpoints" / "step-00000011" / "manifest.json").touch()
+    assert cli("--stage", "train", "--set", "train.ending=saved") == 85
+    assert "(attempt 2, newest checkpoint: step 11)" in capsys.readouterr().out
+
+
 def test_a_refused_extension_leaves_the_finished_run_done(cli, tmp_path):
     assert cli("--stage", "train") == 0
     assert cli("--stage", "train", "--set", "train.max_steps=400", "--set", "train.ending=fault") == 2

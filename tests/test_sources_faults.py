@@ -164,6 +164,34 @@ def test_rows_that_filters_leave_out_are_counted_by_the_field(tmp_path):
     assert sources(corpus)[0]["domain"] == "science"
 
 
+@pytest.mark.parametrize(("value", "shown"), [("7", "'7' (text)"), (True, "True (bool)"), ([7], "[7] (list)")])
+def test_a_filter_with_bounds_on_a_field_without_numbers_is_refused_before_anything_runs(tmp_path, value, shown):
+    rows = [{"text": text, "score": value if n else None} for n, text in enumerate(invented(30))]
+    write_jsonl(tmp_path / "in/a.jsonl", rows)
+    filters = [{"field": "text", "in": [row["text"] for row in rows]}, {"field": "score", "min": 4}]
+    faults = faults_of(source(tmp_path / "in", filters=filters))
+    assert faults == [
+        f"sources.0.filters.1.field: must be a number in the rows; got {shown} at a.jsonl:2, and no number in the "
+        "first rows; make it a number in the file"
+    ]
+
+
+@pytest.mark.parametrize("number", [9, 1])
+def test_one_number_among_the_first_rows_lets_a_filter_with_bounds_pass(tmp_path, number):
+    rows = [{"text": text, "score": "n/a" if n != 5 else number} for n, text in enumerate(invented(30))]
+    write_jsonl(tmp_path / "in/a.jsonl", rows)
+    assert faults_of(source(tmp_path / "in", filters=[{"field": "score", "min": 4}])) == []
+
+
+def test_a_source_that_a_filter_emptied_shows_what_one_row_held(tmp_path):
+    rows = [{"text": text, "score": 1 if n == 0 else "7"} for n, text in enumerate(invented(60))]
+    write_jsonl(tmp_path / "in/a.jsonl", rows[::-1][-19:] + rows[1:42])
+    filters = [{"field": "score", "min": 4}]
+    assert faults_of(source(tmp_path / "in", filters=filters)) == []
+    (line,) = refusal(tmp_path, source(tmp_path / "in", filters=filters))
+    assert "got 0 (dropped: filter_score 60), such as a.jsonl:1: '7' (text) is no number; give it" in line
+
+
 def test_one_file_in_several_languages_is_split_language_by_language(tmp_path):  # trap M4
     rows = [{"text": text, "language": "en" if n % 4 else "de"} for n, text in enumerate(invented(120))]
     write_jsonl(tmp_path / "in/a.jsonl", rows)

@@ -247,6 +247,27 @@ def test_an_unreadable_file_says_why(tmp_path):
         list(read_chunks(tmp_path / "absent.txt"))
 
 
+@pytest.mark.parametrize("pattern", ["**/*", "**/*.txt", "sub/*", "sub/gone.txt", "**/gone.txt"])
+def test_a_link_to_nowhere_that_a_pattern_matches_is_refused_with_its_target(tmp_path, pattern):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "sub/gone.txt").symlink_to("/no/disk/gone.txt")
+    with pytest.raises(SourceError, match=r"got sub/gone\.txt -> /no/disk/gone\.txt; mount the disk") as caught:
+        matching_files(source(tmp_path, include=["a.txt", pattern]), tmp_path)
+    assert caught.value.field == "path"
+    for exclude in ("**/gone.txt", "sub", pattern if pattern.endswith("gone.txt") else "sub/gone.*"):
+        kept = matching_files(source(tmp_path, include=["a.txt", pattern], exclude=[exclude]), tmp_path)
+        assert kept == [tmp_path / "a.txt"]
+
+
+def test_a_link_to_nowhere_that_no_pattern_matches_and_links_to_what_is_there_are_no_fault(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").symlink_to("a.txt")
+    (tmp_path / "here.txt").symlink_to(tmp_path)
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+    assert matching_files(source(tmp_path, include=["*.txt"]), tmp_path) == [tmp_path / "a.txt", tmp_path / "b.txt"]
+
+
 def test_excluding_a_folder_leaves_out_all_in_it(tmp_path):
     for name in ("src/a.py", "src/.venv/lib/b.py", "node_modules/c/d.py", "src/test/e.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

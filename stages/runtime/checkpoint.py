@@ -55,7 +55,7 @@ _DISK_FULL_TEXT = (
     "PytorchStreamWriter failed writing",
     "unexpected pos",
 )
-_MAKE_ROOM = "free some space, lower keep, or put the runs on a larger disk"
+_MAKE_ROOM = "free some space, lower keep_checkpoints, or put the runs on a larger disk"
 
 logger = logging.getLogger(__name__)
 

@@ -16,11 +16,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from stages.runtime.artifact import ArtifactError
 from stages.runtime.manifest import MANIFEST
 from stages.runtime.mirror import RunIdentity
 
 LINEAGE_FILE = "lineage.json"
 FORMAT = 1
+_READ = {"name": str, "type": str, "path": str, "digest": str, "metadata": dict}
+"""Fields of an edge that whoever reads it builds on."""
+_UNFINISHED = " (where it is not finished, delete this file alone: going on writes it anew)"
 
 
 class EdgeFile:
@@ -67,11 +71,40 @@ class EdgeFile:
 
 
 def read_edges(directory: Path) -> dict[str, Any] | None:
-    """The content of ``directory/lineage.json``; none where there is no such file."""
+    """The content of ``directory/lineage.json``; none where there is no such file.
+
+    Raises:
+        ArtifactError: when the file is there but cannot be read, or is not what is written here.
+    """
     path = Path(directory) / LINEAGE_FILE
-    if not path.exists():
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}; {way_out(directory)}{_UNFINISHED}") from error
+    if wrong := _misshapen(content):
+        raise ArtifactError(f"{path} must {wrong}; {way_out(directory)}{_UNFINISHED}")
+    return dict(content)
+
+
+def way_out(directory: Path) -> str:
+    """What to do about the ``lineage.json`` of a finished stage that is gone or damaged."""
+    return f"restore it from a copy, or delete {directory} and run the stage again"
+
+
+def _misshapen(content: Any) -> str | None:
+    """What the content of a ``lineage.json`` must be and is not."""
+    if not isinstance(content, dict):
+        return "be an object with a run, its inputs and outputs"
+    for side in ("inputs", "outputs"):
+        if not isinstance(content.get(side), list):
+            return f"hold a list of {side}"
+        for number, edge in enumerate(content[side]):
+            kinds = edge if isinstance(edge, dict) else {}
+            if bad := [name for name, kind in _READ.items() if not isinstance(kinds.get(name), kind)]:
+                return f"give {side}.{number} its {', '.join(bad)}"
+    return None if isinstance(content.get("run"), dict) else "name its run"
 
 
 def sealed_digest(folder: Path) -> str | None:

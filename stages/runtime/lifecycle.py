@@ -181,10 +181,10 @@ def _begin(job: Job, previous: Mapping[str, Any] | None, around: Surroundings) -
         "attempts": (previous or {}).get("attempts", 0) + 1,
     }
     artifact.write_record(job.directory, record)
-    # A finished run may be extended from before its newest checkpoint (wsd): the stage says itself from where.
+    # Not yet verified; and a finished run may be extended from before its newest checkpoint (wsd).
     step = None if previous and previous["state"] == "done" else record["step"]
-    goes_on = f", goes on from step {step}" if step else ""
-    print(f"{job.name}: started in {artifact.shown(job.directory)} (attempt {record['attempts']}{goes_on})")
+    newest = f", newest checkpoint: step {step}" if step else ""
+    print(f"{job.name}: started in {artifact.shown(job.directory)} (attempt {record['attempts']}{newest})")
     return record
 
 

@@ -107,17 +107,24 @@ def pin_step(config: Any) -> int | None:
 def schedule_faults(config: Any) -> list[Fault]:
     """Warm-up and decay that do not fit into ``max_steps``."""
     schedule, steps = config.schedule, config.max_steps
-    found = []
     if schedule.warmup_steps >= steps:
         message = f"must be below max_steps {steps}; got {schedule.warmup_steps}; set fewer, or more max_steps"
-        found.append(Fault("schedule.warmup_steps", message))
-    elif schedule.kind == "wsd" and schedule.warmup_steps + schedule.decay_steps > steps:
+        found = [Fault("schedule.warmup_steps", message)]
+        if schedule.kind == "wsd" and schedule.decay_steps > steps:
+            # Told at once: no warm-up, however short, leaves room for this decay.
+            message = (
+                f"must fit into max_steps {steps} together with warmup_steps; got {schedule.decay_steps}; "
+                f"set both to {steps} in all, or more max_steps"
+            )
+            found.append(Fault("schedule.decay_steps", message))
+        return found
+    if schedule.kind == "wsd" and schedule.warmup_steps + schedule.decay_steps > steps:
         message = (
             f"must leave room for the {schedule.warmup_steps} warm-up steps within max_steps {steps}; "
             f"got {schedule.decay_steps}; set {steps - schedule.warmup_steps} or less"
         )
-        found.append(Fault("schedule.decay_steps", message))
-    return found
+        return [Fault("schedule.decay_steps", message)]
+    return []
 
 
 def _engine_faults(config: Any) -> list[Fault]:
