@@ -155,7 +155,9 @@ def _instead(path: Path) -> str:
     found = (one for depth in ("", "*/", "*/*/") for one in path.glob(f"{depth}*.gguf"))
     files = [str(one) for one in sorted(found) if one.is_file()]
     shown_files = ", ".join(files[:MOST_FILES]) + (f" and {len(files) - MOST_FILES} more" if files[MOST_FILES:] else "")
-    return f"a folder; name {'one of ' if files[1:] else ''}{shown_files}" if files else "a folder without any"
+    if not files:
+        return "a folder without any; name the file, or run the export stage"
+    return f"a folder; name {'one of ' if files[1:] else ''}{shown_files}"
 
 
 def _exported(chain: Chain, options: argparse.Namespace) -> Path:

@@ -52,7 +52,7 @@ def gguf(folder, capsys):
 
 def test_a_folder_in_place_of_a_gguf_file_is_called_one_and_its_files_are_named(tmp_path, capsys):
     start = f"--gguf: must be a GGUF file; got {tmp_path}, which is a folder"
-    assert gguf(tmp_path, capsys) == f"{start} without any"
+    assert gguf(tmp_path, capsys) == f"{start} without any; name the file, or run the export stage"
     (tmp_path / "gguf").mkdir()
     for name in ("b", "a"):
         (tmp_path / "gguf" / f"{name}.gguf").touch()
