@@ -7,7 +7,7 @@ RUN = $(VENV)/bin/python
 TRITON = triton==3.6.0
 KERNEL_TESTS = PYTHONPATH=$(abspath $(VENV))/kernels TRITON_INTERPRET=1 $(RUN) -m pytest -q -n 2 --dist load \
 	tests/test_ssd_triton.py tests/test_conv_triton.py tests/test_gated_norm_triton.py tests/test_mamba2_core.py tests/test_cast_triton.py \
-	tests/test_gla_triton.py tests/test_zero_single.py
+	tests/test_gla_triton.py tests/test_loss_triton.py tests/test_zero_one.py
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-kernels test-floor lint torture schema clean

@@ -25,11 +25,11 @@ def projections(rows: Sequence[dict[str, Any]], ranks: int) -> list[dict[str, An
     """
     found = []
     for row in rows:
-        if row["mode"] != "weak" or not 1 < row["ranks"] < ranks or "efficiency" not in row:
+        if row["mode"] == "strong" or not 1 < row["ranks"] < ranks or "efficiency" not in row:
             continue
         grown = row["exposed_ms"] * ((ranks - 1) / ranks) / ((row["ranks"] - 1) / row["ranks"])
         step_ms = row["step_ms"] - row["exposed_ms"] + grown
-        said = {name: row[name] for name in ("engine", "changes")}
+        said = {name: row[name] for name in ("mode", "engine", "changes")}
         efficiency = row["efficiency"] * row["step_ms"] / step_ms
         said |= {"measured_on": row["ranks"], "projected_to": ranks, "step_ms": round(step_ms, 1)}
         found.append(said | {"exposed_ms": round(grown, 2), "efficiency": round(efficiency, 4)})

@@ -3,11 +3,12 @@ bytes that ranks send each other, and the communication that nothing hides.
 
     python benchmarks/scaling.py --points weak:zero1:1 weak:zero1:4 weak:zero1:4:overlap_comm=false strong:zero1:1
 
-A point is ``mode:engine:ranks[:change,...]``. ``weak`` gives each rank one micro-batch, ``strong`` shares
-``--global-batch-size`` out; a change overrides a key of ``zero_optimization`` in ``ds_configs/<engine>.json``. Points
-of the same number of ranks share one launch, in the order given; ZeRO-3, which cannot be compiled, comes last in its
-launch. Efficiency is tokens a second over ranks times those of one rank, in the same run, under the same ZeRO stage
-where that was measured, else under ZeRO-1. Without a GPU ranks are processes on gloo: for trying it out.
+A point is ``mode:engine:ranks[:change,...]``. ``weak`` gives each rank one micro-batch a step, ``weak8`` eight (and an
+eighth of the steps), ``strong`` shares ``--global-batch-size`` out; a change overrides a key of ``zero_optimization``
+in ``ds_configs/<engine>.json``. Points of the same number of ranks share one launch, in the order given; ZeRO-3, which
+cannot be compiled, comes last in its launch. Efficiency is tokens a second over ranks times those of one rank, in the
+same run, under the same ZeRO stage where that was measured, else under ZeRO-1. Without a GPU ranks are processes on
+gloo: for trying it out.
 
 A step is the training loop's: token count and loss summed over ranks, forward, backward, reduction, clipping, update.
 Rows are written after every point.
@@ -19,6 +20,7 @@ import argparse
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,7 +38,7 @@ TOKEN_IDS = {"eos_token_id": 0, "pad_token_id": 1}
 MARK = "ROW "
 SHOWN = (
     *("mode", "engine", "ranks", "changes", "tokens_per_s", "step_ms", "efficiency", "peak_bytes"),
-    *("communication_ms", "exposed_ms", "wire_bytes", "expected_wire_bytes"),
+    *("compute_ms", "communication_ms", "exposed_ms", "wire_bytes", "expected_wire_bytes"),
 )
 
 
@@ -56,8 +58,8 @@ def point(text: str) -> Point:
         argparse.ArgumentTypeError: for anything else.
     """
     mode, engine, ranks, changes = (*text.split(":"), "", "", "", "")[:4]
-    if mode not in ("weak", "strong") or not engine or not ranks.isdigit() or int(ranks) < 1:
-        raise argparse.ArgumentTypeError(f"must be weak|strong:engine:ranks[:key=value,...]; got {text}")
+    if not re.fullmatch(r"weak([1-9]\d*)?|strong", mode) or not engine or not ranks.isdigit() or int(ranks) < 1:
+        raise argparse.ArgumentTypeError(f"must be weak[N]|strong:engine:ranks[:key=value,...]; got {text}")
     try:
         changes_of(changes)
     except ValueError:
@@ -80,8 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--micro-batch-size", type=int, default=8)
     parser.add_argument("--global-batch-size", type=int, default=32, help="of strong points, in sequences")
     parser.add_argument("--seq-len", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=8, help="steps measured")
-    parser.add_argument("--warm-up", type=int, default=3, help="steps before, compilation included")
+    parser.add_argument("--steps", type=int, default=8, help="steps measured; an N-th of them, but two, of weakN")
+    parser.add_argument("--warm-up", type=int, default=3, help="steps before, compilation included; the same holds")
     parser.add_argument("--precision", choices=["bf16", "fp8", "fp32"], default="bf16")
     parser.add_argument("--residual", choices=["fp32", "bf16"], default="fp32", help="a recipe's pretrain.residual")
     parser.add_argument("--eager", action="store_true", help="do not compile")
@@ -130,7 +132,8 @@ def launched(launch: Sequence[Point], arguments: argparse.Namespace, argv: Seque
     ranks = launch[0].ranks
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", f"--nproc_per_node={ranks}"]
     command += [str(Path(__file__).resolve()), *argv, "--worker", "--points", *names]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(ranks)))}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(ranks)))
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(visible.split(",")[:ranks])}
     environment.setdefault("OMP_NUM_THREADS", "1")
     started = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
@@ -148,6 +151,8 @@ def launched(launch: Sequence[Point], arguments: argparse.Namespace, argv: Seque
         timer.cancel()
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+        if process.stdout is not None:
+            process.stdout.close()
     print(f"launch of {ranks} ended with {code} after {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -203,8 +208,8 @@ def shares(one: Point, arguments: argparse.Namespace) -> tuple[int, int]:
     Raises:
         ValueError: where the ranks do not divide the global batch.
     """
-    if one.mode == "weak":
-        return arguments.micro_batch_size, 1
+    if one.mode != "strong":
+        return arguments.micro_batch_size, int(one.mode.removeprefix("weak") or 1)
     rows, rest = divmod(arguments.global_batch_size, one.ranks)
     micro = min(arguments.micro_batch_size, rows)
     if rest or rows % micro:
@@ -227,7 +232,9 @@ def measure(one: Point, arguments: argparse.Namespace, traffic: Any) -> dict[str
     settle = torch.cuda.synchronize if gpu else distributed.barrier
     started = time.perf_counter()
     step, facts = stepper(one, arguments)
-    for _ in range(arguments.warm_up):
+    fewer = shares(one, arguments)[1] if one.mode != "strong" else 1
+    steps, warm_up = (max(count // fewer, min(count, 2)) for count in (arguments.steps, arguments.warm_up))
+    for _ in range(warm_up):
         step()
     settle()
     warm_up_s = time.perf_counter() - started
@@ -235,10 +242,10 @@ def measure(one: Point, arguments: argparse.Namespace, traffic: Any) -> dict[str
         torch.cuda.reset_peak_memory_stats()
     distributed.barrier()
     started = time.perf_counter()
-    for _ in range(arguments.steps):
+    for _ in range(steps):
         step()
     settle()
-    seconds = distributed._all_reduce((time.perf_counter() - started) / arguments.steps, "MAX")
+    seconds = distributed._all_reduce((time.perf_counter() - started) / steps, "MAX")
     peak = distributed._all_reduce(torch.cuda.max_memory_allocated() if gpu else 0, "MAX")
     tokens, norm, engine = facts.pop("tokens"), facts.pop("seen")["grad_norm"], facts.pop("stepped")
     vendor = peak_flops(torch.cuda.get_device_name()) if gpu else None
@@ -334,41 +341,28 @@ def engine_of(one: Point, arguments: argparse.Namespace, spec: Any) -> tuple[Any
 
 
 def communication(step: Any, one: Point, traffic: Any) -> dict[str, Any]:
-    """Bytes of one more step, and where there is a GPU its time in communication and the part that nothing hid."""
+    """Bytes of one more step; where there are GPUs, each rank's time in kernels of its own, and the time in
+    communication and the part that nothing hid, of the rank that has least: in the others' they wait for the slowest.
+    """
     import torch
     import traffic as counter
 
     from stages.runtime import distributed
 
-    with traffic.counting():
+    distributed.barrier()
+    timed = torch.cuda.is_available()
+    with counter.kernels(timed) as found, traffic.counting():
         step()
-    found: dict[str, Any] = {
+    row: dict[str, Any] = {
         "payload_bytes": counter.as_row(traffic.payload_bytes),
         "calls": dict(traffic.calls),
         "wire_bytes": traffic.wire_bytes(one.ranks),
     }
-    if not torch.cuda.is_available():
-        # Gloo's calls block, so all of it is waited for.
-        return found | {"communication_ms": traffic.seconds * 1e3, "exposed_ms": traffic.seconds * 1e3}
-    from torch.profiler import ProfilerActivity, profile
-
-    distributed.barrier()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        step()
-        torch.cuda.synchronize()
-    kernels = [
-        (event.name, event.time_range.start, event.time_range.end)
-        for event in profiler.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA and not is_label(event)
-    ]
-    total, exposed = counter.exposed_ms(kernels)
-    return found | {"communication_ms": round(total, 2), "exposed_ms": round(exposed, 2)}
-
-
-def is_label(event: Any) -> bool:
-    """Whether the profiler gives a span that the program named, and no kernel."""
-    named = event.name.startswith(("nccl:", "Optimizer.", "ProfilerStep", "##", "Torch-Compiled"))
-    return bool(getattr(event, "is_user_annotation", False)) or named
+    if timed:
+        for name, value in counter.times_ms(found)._asdict().items():
+            row[name] = [round(mine, 2) for mine in distributed.all_gather(value)]
+        row |= {name: min(row[name]) for name in ("communication_ms", "exposed_ms")}
+    return row
 
 
 def _number(value: Any) -> Any:

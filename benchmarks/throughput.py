@@ -24,6 +24,7 @@ from typing import Any
 from record import RESULTS, provenance, table, write_result
 
 KERNEL_CLASSES = {
+    "gated linear attention": ("gla", "chunk_fwd_kernel_h", "chunk_bwd_kernel_dh", "chunk_local_cumsum"),
     "state space": (
         *("chunk_scan", "chunk_state", "state_passing", "bmm_chunk", "chunk_cumsum"),  # mamba-ssm's
         *("prepare_kernel", "scan_kernel", "states_kernel", "between_kernel", "within_kernel"),  # ours
@@ -31,11 +32,11 @@ KERNEL_CLASSES = {
     ),
     "convolution": ("causal_conv1d", "conv_silu_kernel", "conv_silu_backward_kernel"),
     "gated norm": ("gated_norm_kernel", "gated_norm_backward_kernel"),
-    "gated linear attention": ("gla", "chunk_fwd_kernel_h", "chunk_bwd_kernel_dh", "chunk_local_cumsum"),
     "attention": ("sdpa", "fmha", "flash", "attention"),
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "xmma", "scaled_mm"),
     "optimizer and clipping": ("adam", "multi_tensor", "lpnorm"),
     "8-bit casts": ("cast_kernel", "scale_kernel"),
+    "loss": ("row_kernel", "error_kernel"),
     "fused elementwise": ("triton",),
 }
 """Kinds of kernel by parts of their names; the first that fits counts, and what fits none is ``other``."""

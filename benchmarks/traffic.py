@@ -6,7 +6,6 @@ from __future__ import annotations
 import collections
 import functools
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -38,12 +37,11 @@ PLACES = {"tensor_list": 0, "output_tensor": 0, "tensor": 0, "tensors": 0, "inpu
 
 
 class Traffic:
-    """Payload bytes, calls and seconds by kind, while ``counting``."""
+    """Payload bytes and calls by kind, while ``counting``; a call for many tensors counts as one a tensor."""
 
     def __init__(self) -> None:
         self.payload_bytes: collections.Counter[str] = collections.Counter()
         self.calls: collections.Counter[str] = collections.Counter()
-        self.seconds = 0.0
         self._counting = False
 
     @contextmanager
@@ -51,7 +49,7 @@ class Traffic:
         """Count what is called inside, from zero."""
         self.payload_bytes.clear()
         self.calls.clear()
-        self.seconds, self._counting = 0.0, True
+        self._counting = True
         try:
             yield
         finally:
@@ -61,12 +59,11 @@ class Traffic:
         """What one rank sends on a ring for all that was counted."""
         return round(sum(PASSES[kind](world_size) * size for kind, size in self.payload_bytes.items()))
 
-    def note(self, kind: str, payload: Any, seconds: float) -> None:
-        """Count one call; ``seconds`` is what the caller waited, all of it where the backend blocks."""
+    def note(self, kind: str, payload: Any) -> None:
+        """Count one call."""
         if self._counting:
             self.payload_bytes[kind] += _size_bytes(payload)
             self.calls[kind] += 1
-            self.seconds += seconds
 
 
 def install() -> Traffic:
@@ -82,12 +79,12 @@ def install() -> Traffic:
             if getattr(inside, "call", False):
                 return function(*args, **kwargs)
             payload = kwargs[argument] if argument in kwargs else args[PLACES[argument]]
-            inside.call, started = True, time.perf_counter()
+            inside.call = True
             try:
                 return function(*args, **kwargs)
             finally:
                 inside.call = False
-                traffic.note(kind, payload, time.perf_counter() - started)
+                traffic.note(kind, payload)
 
         return call
 
@@ -113,11 +110,11 @@ class Volume(NamedTuple):
 def expected(
     zero_stage: int, *, parameters: int, micro_steps: int, kept_whole: int = 0, pieces: bool = False
 ) -> Volume:
-    """What one optimizer step must move, in fp32, as DeepSpeed 0.19 does it (Rajbhandari et al. 2020, section 7).
+    """What one optimizer step must move, in fp32 (Rajbhandari et al. 2020, section 7).
 
-    Stage 0 and 1 reduce gradients once a step, stage 2 after each micro-step; the buckets of stages 1 and 2 are
-    all-reduced whole, or ``pieces`` of them reduced to their owners
-    (``use_multi_rank_bucket_allreduce`` false), which is a reduce-scatter. Then updated weights are gathered. Stage 3
+    Stage 0 and 1 reduce gradients once a step, stage 2 after each micro-step; those of stages 1 and 2 are all-reduced
+    whole, or ``pieces`` of them reduced to their owners (``use_multi_rank_bucket_allreduce`` false), which sends as
+    much as a reduce-scatter. Then updated weights are gathered. Stage 3
     gathers weights in each forward and each backward pass and scatters gradients; ``kept_whole`` of its parameters are
     too small to be parted and gathered once a step.
     """
@@ -133,21 +130,49 @@ def expected(
     return Volume(all_gather=size, **reduced)
 
 
-def exposed_ms(kernels: Iterable[tuple[str, float, float]]) -> tuple[float, float]:
-    """Milliseconds of communication, and of communication while nothing else ran, from (name, start, end) in us."""
+@contextmanager
+def kernels(watch: bool) -> Iterator[list[tuple[str, float, float]]]:
+    """What this process's GPU ran inside, known after it: (name, start, end) in us; nothing unless to ``watch``."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    found: list[tuple[str, float, float]] = []
+    if not watch:
+        yield found
+        return
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        yield found
+        torch.cuda.synchronize()
+    found += [
+        (event.name, event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not is_label(event)
+    ]
+
+
+def is_label(event: Any) -> bool:
+    """Whether the profiler gives a span that the program named, and no kernel."""
+    named = event.name.startswith(("nccl:", "Optimizer.", "ProfilerStep", "##", "Torch-Compiled"))
+    return bool(getattr(event, "is_user_annotation", False)) or named
+
+
+class Times(NamedTuple):
+    """Milliseconds in which a GPU ran kernels other than communication, communication, and nothing but that."""
+
+    compute_ms: float
+    communication_ms: float
+    exposed_ms: float
+
+
+def times_ms(kernels: Iterable[tuple[str, float, float]]) -> Times:
+    """What (name, start, end) in us amount to."""
     sends: list[tuple[float, float]] = []
     works: list[tuple[float, float]] = []
     for name, start, end in kernels:
         (sends if "nccl" in name.lower() else works).append((start, end))
-    sends, works = merged(sends), merged(works)
-    total = sum(end - start for start, end in sends)
-    hidden = sum(
-        max(0.0, min(end, other_end) - max(start, other_start))
-        for start, end in sends
-        for other_start, other_end in works
-        if other_start < end and start < other_end
-    )
-    return total / 1e3, (total - hidden) / 1e3
+    both, sends, works = merged(sends + works), merged(sends), merged(works)
+    busy, total, work = (sum(end - start for start, end in spans) / 1e3 for spans in (both, sends, works))
+    return Times(work, total, busy - work)
 
 
 def merged(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -159,8 +159,9 @@ def capped(
     """``shares`` with every source held to ``cap_epochs`` passes; what it gives up goes to the others in proportion.
 
     A source over the cap has its share in every phase lowered by one factor, so that it is read exactly that often; the
-    others of each phase grow alike until they meet the cap themselves (after UniMax, Chung et al. 2023,
-    arXiv:2304.09151, which caps epochs from uniform shares; here from those asked for).
+    others of each phase grow alike until they meet the cap themselves, and are then lowered from what they have grown
+    to (after UniMax, Chung et al. 2023, arXiv:2304.09151, which caps epochs from uniform shares; here from those asked
+    for). Every phase's shares are 0 or more and sum to one.
 
     Args:
         shares: of every source in each phase.
@@ -181,15 +182,19 @@ def capped(
         if not over.any():
             return [dict(zip(names, row, strict=True)) for row in result.tolist()]
         held |= over
-        result = _lowered(asked, length, room, held)
+        result = _lowered(result, length, room, over, held)
         _check_filled(result, asked > 0, names, length, room, cap_epochs)
 
 
-def _lowered(asked: np.ndarray, length: np.ndarray, room: np.ndarray, held: np.ndarray) -> np.ndarray:
-    """Shares (phases, sources) with those of ``held`` sources at the cap and the rest filled by the others."""
-    result = asked.copy()
-    result[:, held] *= (room / np.maximum(length @ asked, 1e-300))[held]
-    rest, others = 1 - result[:, held].sum(1), result[:, ~held].sum(1)
+def _lowered(
+    shares: np.ndarray, length: np.ndarray, room: np.ndarray, over: np.ndarray, held: np.ndarray
+) -> np.ndarray:
+    """Shares (phases, sources) with the sources ``over`` the cap brought down to it; those not ``held`` fill up."""
+    result = shares.copy()
+    # From what they have grown to, so that the factor is below one: from what was asked it may lie above, and a phase
+    # in which nothing gave way to them would be asked for more than all of it.
+    result[:, over] *= room[over] / (length @ shares)[over]
+    rest, others = np.maximum(0, 1 - result[:, held].sum(1)), result[:, ~held].sum(1)
     result[:, ~held] *= np.divide(rest, others, out=np.zeros_like(rest), where=others > 0)[:, None]
     return result
 

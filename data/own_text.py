@@ -87,12 +87,13 @@ def read_directory(directory: Path) -> OwnText:
     code. The language is told from each file's beginning; a few texts in another language join the largest group.
     Each may be compressed (``.gz``, ``.zst``, ``.xz``, ``.bz2``). Hidden files are passed over; files that are empty,
     not UTF-8, not readable, of no kind that is read, or too few to be a source are left out by name. Raises
-    ``SourceError`` when nothing is left, or a file is damaged.
+    ``SourceError`` when nothing is left, or files are damaged.
     """
     directory = Path(directory).resolve()
     if not directory.is_dir():
         raise SourceError("data", "path", f"must be a folder; got {directory}")
     left_out: dict[str, str] = {}
+    damaged: dict[str, str] = {}
     groups: dict[Group, list[str]] = defaultdict(list)
     for path in _visible_files(directory, left_out):
         name = path.relative_to(directory).as_posix()
@@ -103,9 +104,11 @@ def read_directory(directory: Path) -> OwnText:
         except UnicodeDecodeError as error:
             left_out[name] = f"not UTF-8: byte {error.object[error.start]:#x}"
         except UnreadableFile as error:
-            raise _damaged(path, error) from error
+            damaged[name] = str(error)
     joined = _joined(groups)
-    counted = _counted(directory, joined, left_out)
+    counted = _counted(directory, joined, left_out, damaged)
+    if damaged:
+        raise SourceError("data", "path", _damaged(directory, damaged))
     kept = {group: files for group, files in sorted(joined.items()) if counted is None or group in counted}
     if not kept:
         raise SourceError("data", "path", _nothing(directory, left_out))
@@ -131,17 +134,23 @@ def _bytes_of(directory: Path, groups: dict[Group, list[str]]) -> int:
 
 
 def _counted(
-    directory: Path, groups: dict[Group, list[str]], left_out: dict[str, str]
+    directory: Path, groups: dict[Group, list[str]], left_out: dict[str, str], damaged: dict[str, str]
 ) -> dict[Group, tuple[int, int]] | None:
     """Documents and bytes of the groups that are enough for a source; the files of others are left out.
 
-    None for a folder that is too large to be read through.
+    What cannot be read to its end is added to ``damaged``, file and reason. None for a folder that is too large to be
+    read through.
     """
     if _bytes_of(directory, groups) > COUNTED_BYTES:
         return None
     kept = {}
     for group, files in groups.items():
-        found = [_counted_file(directory / file, group) for file in files]
+        found = []
+        for file in files:
+            try:
+                found.append(_count(directory / file, group[0], group[2]))
+            except UnreadableFile as error:
+                damaged[file] = str(error)
         documents = sum(number for number, _ in found)
         if documents < MIN_DOCUMENTS:
             why = f"{documents} document{'s' * (documents != 1)} of its kind, a source needs {MIN_DOCUMENTS}"
@@ -151,15 +160,13 @@ def _counted(
     return kept
 
 
-def _counted_file(path: Path, group: Group) -> tuple[int, int]:
-    try:
-        return _count(path, group[0], group[2])
-    except UnreadableFile as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: UnreadableFile) -> SourceError:
-    return SourceError("data", "path", f"{path} is damaged ({error}); fetch it again or move it")
+def _damaged(directory: Path, damaged: dict[str, str]) -> str:
+    if len(damaged) == 1:
+        ((file, why),) = damaged.items()
+        return f"{directory / file} is damaged ({why}); fetch it again or move it"
+    named = [f"{file} ({why})" for file, why in sorted(damaged.items())[:NAMED]]
+    more = f", and {len(damaged) - len(named)} more" if len(damaged) > len(named) else ""
+    return f"{directory} holds {len(damaged)} damaged files: {', '.join(named)}{more}; fetch them again or move them"
 
 
 def _count(path: Path, kind: str, field: str) -> tuple[int, int]:

@@ -14,13 +14,17 @@ import dataclasses
 from typing import Literal
 
 from model.mixer_cost import BF16_BYTES, FP32_BYTES, MIXER_COSTS, input_elements, kernel_of
-from model.projections import FP8_ALIGNMENT, FP8_SMALLEST
+from model.projections import fp8_fits
 from model.spec import MixerSpec, ModelSpec
 
 LOSS_CHUNK_ELEMENTS = 2**22
 """Logits that the loss holds at a time, at least 64 tokens' worth."""
 KERNEL_CHUNK_ELEMENTS = 2**29
 """The same on a GPU."""
+FP8_LOGIT_ELEMENTS = 2**30
+"""The same of a head whose gradients run in 8 bits."""
+FP8_TURNED_ELEMENTS = 2**31
+"""Gradients by the logits that such a head holds at a time, turned, for one product."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,8 @@ def activation_bytes(
     tokens = seq_len * micro_batch_size
     # The final norm saves its fp32 input and its output before the weight; the loss, its gradient by the hidden states.
     ends = 2 * FP32_BYTES * spec.d_model + stream
+    if precision == "fp8" and fp8_fits(spec.d_model, spec.vocab_size):
+        return round(tokens * (kept + ends)) + _fp8_loss_bytes(spec, tokens)
     return round(tokens * (kept + ends)) + _loss_bytes(spec, tokens, dtype_bytes, path)
 
 
@@ -92,7 +98,7 @@ def _kept_in_bf16(inputs: int, *outputs: int) -> int:
 
 def _kept_in_fp8(inputs: int, *outputs: int) -> int:
     """An 8-bit copy for those that are large enough, a bf16 one for the others."""
-    fits = [min(inputs, n) >= FP8_SMALLEST and inputs % FP8_ALIGNMENT == 0 for n in outputs]
+    fits = [fp8_fits(inputs, n) for n in outputs]
     return (any(fits) + BF16_BYTES * (not all(fits))) * inputs
 
 
@@ -107,3 +113,15 @@ def _loss_bytes(spec: ModelSpec, tokens: int, dtype_bytes: int, path: Path) -> i
         return FP32_BYTES * head + chunk * (2 * dtype_bytes + FP32_BYTES)
     chunk = min(tokens * spec.vocab_size, KERNEL_CHUNK_ELEMENTS)
     return max((FP32_BYTES + dtype_bytes) * head + 2 * dtype_bytes * chunk, 2 * FP32_BYTES * head)
+
+
+def _fp8_loss_bytes(spec: ModelSpec, tokens: int) -> int:
+    """A stretch's errors, turned; beside them a chunk's logits and errors, or what the stretch adds to the head's fp32
+    gradient, which is there from the second stretch on; and the head in bf16 and in 8 bits.
+    """
+    head, logits = spec.vocab_size * spec.d_model, tokens * spec.vocab_size
+    # Both come in equal parts.
+    chunk, turned = (logits / -(-logits // most) for most in (FP8_LOGIT_ELEMENTS, FP8_TURNED_ELEMENTS))
+    waiting = FP32_BYTES * head if logits > turned else 0
+    loss = (BF16_BYTES + 1) * head + waiting + turned + max((BF16_BYTES + 1) * chunk, FP32_BYTES * head)
+    return round(max(loss, 2 * FP32_BYTES * head))

@@ -1,16 +1,21 @@
 """Linear layers whose three matrix products run in 8-bit floating point (Micikevicius et al. 2022, arXiv:2209.05433).
 
-M rows, K inputs, N outputs.
+M rows, K inputs, N outputs; of the head T tokens, D inputs, V outputs.
 
 Scales are dynamic and one a tensor: each operand is multiplied so that its largest magnitude becomes the largest number
 of its format, e4m3 for what goes forward and for weights, e5m2 for gradients of outputs. The tensor cores take both
 operands with the summed dimension last, so each tensor is cast together with its transpose. Sums are fp32. Parameters
 stay as they are, in fp32 under their names: checkpoints, optimizer and hooks see plain linear layers.
+
+The head's logits stay a product in half precision, so its loss is as exact as without; its two gradients are products
+in 8 bits. What they come from, softmax - one-hot, never exceeds 1, so its scale is known without a search.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import math
 import re
 from typing import Any
 
@@ -18,7 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.activations import FP8_LOGIT_ELEMENTS, FP8_TURNED_ELEMENTS
 from model.layers import ResidualProjection
+from model.loss import FEWEST_ELEMENTS, IGNORED, FusedLoss, LMHead, autocast_dtype, wide_errors
 
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 ALIGNMENT = 16
@@ -29,6 +36,14 @@ SMALLEST_AMAX = 1e-12
 """Below this a tensor counts as zero, so that its scale stays finite."""
 SEGMENT = 64
 """Neighbours whose largest magnitude is sought first: a compiler's kernel does so at the speed of memory."""
+ERROR_SCALE = 2.0**15
+"""Of softmax - one-hot: 1 comes to more than half of the largest number of e5m2, and 2**-31 to its smallest."""
+LOGIT_ELEMENTS = {"cuda": FP8_LOGIT_ELEMENTS}
+"""Logits that the head holds at a time, by kind of device."""
+TURNED_ELEMENTS = {"cuda": FP8_TURNED_ELEMENTS}
+"""Their gradients that it holds at a time, turned, for one product; each more is another sum as large as the weight."""
+TILE = 128
+"""Chunks have a multiple of so many tokens: products run fast, and there are two shapes at most."""
 OPERATORS = re.sub(r"\W", "_", __name__)
 
 
@@ -101,14 +116,23 @@ class _Products(torch.autograd.Function):
         return d_x, d_weight[: d_y.shape[1]], None, None, None, None
 
 
-class Float8Linear(nn.Linear):
+class CastsWeight(nn.Linear):
+    """A linear layer that casts its weight to 8 bits."""
+
+    kept: tuple[Tensor, ...] | None = None
+    """The weight's cast, while ``keep_casts`` is in force."""
+
+    def cast(self, narrow: torch.dtype) -> tuple[Tensor, ...]:
+        """The weight in 8 bits, rounded to ``narrow`` before."""
+        return cast_both(self.weight.detach().to(narrow), FORWARD)
+
+
+class Float8Linear(CastsWeight):
     """A linear layer that trains by 8-bit products. Without gradients, and in evaluation, it is the layer it was."""
 
     after_norm = True
     """Whether a norm makes its input, as before a projection from the residual stream, or the gradient of its output,
     as after one to it: which pass may take magnitudes by rows."""
-    kept: tuple[Tensor, Tensor, Tensor] | None = None
-    """The weight's cast, while ``keep_casts`` is in force."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) to (..., N), in autocast's dtype where that is on.
@@ -126,32 +150,10 @@ class Float8Linear(nn.Linear):
                 f"micro_batch_size x seq_len must be a multiple of {ALIGNMENT} in fp8; got {rows.shape[0]} rows; "
                 f"set seq_len to a multiple of {ALIGNMENT}, or precision: bf16"
             )
-        if x.is_cuda and narrow.itemsize != 2:
-            raise ValueError(f"fp8 must train under autocast in half precision; got {narrow}; set precision: bf16")
+        _require_half(rows)
         y = _Products.apply(rows, self.weight, *(self.kept or self.cast(narrow)), self.after_norm)
         y = y if self.bias is None else y + self.bias.to(narrow)
         return y.unflatten(0, x.shape[:-1])
-
-    def cast(self, narrow: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """The weight in 8 bits, rounded to ``narrow`` before."""
-        return cast_both(self.weight.detach().to(narrow), FORWARD)
-
-
-def keep_casts(model: nn.Module, narrow: torch.dtype) -> None:
-    """Cast all weights once for the calls until ``drop_casts``, which must come before any weight changes.
-
-    Two bytes a weight, for a step of several micro-batches, which would each cast them anew.
-    """
-    for module in model.modules():
-        if isinstance(module, Float8Linear) and module.kept is None:
-            module.kept = module.cast(narrow)
-
-
-def drop_casts(model: nn.Module) -> None:
-    """Let every call cast its weight again."""
-    for module in model.modules():
-        if isinstance(module, Float8Linear):
-            module.kept = None
 
 
 class Float8ResidualProjection(Float8Linear, ResidualProjection):
@@ -160,7 +162,48 @@ class Float8ResidualProjection(Float8Linear, ResidualProjection):
     after_norm = False
 
 
-TAKEN: dict[type[nn.Linear], type[nn.Linear]] = {nn.Linear: Float8Linear, ResidualProjection: Float8ResidualProjection}
+class Float8LMHead(CastsWeight, LMHead):
+    """A head whose gradients are 8-bit products. Its logits, and its loss in evaluation, are what they were."""
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits, or with ``targets`` (T,) the summed NLL of ``hidden`` (T, D), as ``LMHead`` gives them.
+
+        Raises:
+            ValueError: on a GPU not in half precision.
+        """
+        if targets is None or not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return super().forward(hidden, targets)
+        gradients = functools.partial(_loss_and_gradients, cast=self.kept)
+        loss: Tensor = FusedLoss.apply(hidden, self.weight, targets, gradients)
+        return loss
+
+    def cast(self, narrow: torch.dtype) -> tuple[Tensor, ...]:
+        """The weight turned, in 8 bits, and the factor back."""
+        return _cast_turned(self.weight.detach().to(narrow))
+
+
+def keep_casts(model: nn.Module, narrow: torch.dtype) -> None:
+    """Cast all weights once for the calls until ``drop_casts``, which must come before any weight changes.
+
+    Two bytes a weight, for a step of several micro-batches, which would each cast them anew.
+    """
+    for module in model.modules():
+        if isinstance(module, CastsWeight) and module.kept is None:
+            module.kept = module.cast(narrow)
+
+
+def drop_casts(model: nn.Module) -> None:
+    """Let every call cast its weight again."""
+    for module in model.modules():
+        if isinstance(module, CastsWeight):
+            module.kept = None
+
+
+TAKEN: dict[type[nn.Linear], type[nn.Linear]] = {
+    nn.Linear: Float8Linear,
+    ResidualProjection: Float8ResidualProjection,
+    LMHead: Float8LMHead,
+}
 """Layers that can be taken, and what they become; subclasses of other libraries are left alone."""
 
 
@@ -169,10 +212,10 @@ def takes(inputs: int, outputs: int) -> bool:
     return min(inputs, outputs) >= SMALLEST and inputs % ALIGNMENT == 0
 
 
-def convert_to_fp8(blocks: nn.Module) -> list[str]:
-    """Let every large linear layer inside ``blocks`` train in 8 bits, in place; returns the names of those."""
+def convert_to_fp8(model: nn.Module) -> list[str]:
+    """Let every large linear layer inside ``model`` train in 8 bits, in place; returns the names of those."""
     taken = []
-    for name, module in blocks.named_modules():
+    for name, module in model.named_modules():
         if type(module) in TAKEN and takes(module.in_features, module.out_features):
             module.__class__ = TAKEN[type(module)]
             taken.append(name)
@@ -189,3 +232,78 @@ def _product(
     if not rows.is_cuda:
         return ((rows.float() @ columns.float().t()) * (row_unscale * column_unscale)).to(dtype)
     return torch._scaled_mm(rows, columns.t(), row_unscale, column_unscale, out_dtype=dtype, use_fast_accum=fast)
+
+
+def _require_half(x: Tensor) -> None:
+    if x.is_cuda and x.element_size() != 2:
+        raise ValueError(f"fp8 must train under autocast in half precision; got {x.dtype}; set precision: bf16")
+
+
+def _cast_turned(x: Tensor) -> tuple[Tensor, ...]:
+    """``x`` (M, K) as (K, M) in 8 bits, and the factor back. One pass takes magnitudes: no compiler fuses them here."""
+    return cast_by(x, torch.linalg.vector_norm(x, math.inf, dim=-1), FORWARD)[1:]
+
+
+def _loss_and_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, cast: tuple[Tensor, ...] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """NLL and its gradients by ``hidden`` (T, D) and by ``weight`` (V, D), which is summed in fp32.
+
+    ``cast`` is what ``Float8LMHead.cast`` gives of the weight, where it is there already.
+    """
+    narrow = autocast_dtype(weight)
+    rows, matrix = hidden.to(narrow), weight.to(narrow)
+    _require_half(rows)
+    with torch.autocast(rows.device.type, enabled=False):  # or fp32 products on the CPU would be rounded
+        nll, d_hidden, d_weight = _summed(rows, matrix, targets, *(cast or _cast_turned(matrix)))
+    return nll, d_hidden.to(hidden.dtype), d_weight.to(weight.dtype)
+
+
+def _summed(
+    rows: Tensor, matrix: Tensor, targets: Tensor, w_turned: Tensor, w_unscale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """NLL, dh and dW (fp32), chunk by chunk; dW stretch by stretch."""
+    unscale = torch.full_like(w_unscale, 1 / ERROR_SCALE)
+    nll, d_rows, d_weight = unscale.new_zeros(()), torch.empty_like(rows), unscale.new_zeros(matrix.shape[1])
+    size, stretch = _head_tokens(rows, matrix.shape[0])
+    for start in range(0, rows.shape[0], stretch):
+        part, d_part, goals = (whole[start : start + stretch] for whole in (rows, d_rows, targets))
+        # What each chunk's errors are, turned, lies side by side: (V, tokens of the stretch).
+        turned = rows.new_empty(matrix.shape[0], padded(part.shape[0]), dtype=BACKWARD)
+        for at in range(0, part.shape[0], size):
+            chunk = slice(at, at + size)
+            more, error = _errors(functional.linear(part[chunk], matrix), goals[chunk], turned[:, chunk])
+            nll += more
+            d_part[chunk] = _product(error, w_turned, unscale, w_unscale, rows.dtype, fast=False)
+            del error  # before the next chunk's logits
+        h_turned, h_unscale = _cast_turned(part)
+        product = _product(turned, h_turned, unscale, h_unscale, torch.float32, fast=False)
+        d_weight = product.add_(d_weight) if start else product
+        del turned  # before the next stretch's
+    return nll, d_rows, d_weight
+
+
+def _errors(logits: Tensor, goals: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed NLL of ``logits`` (T, V), and (softmax - one-hot) ERROR_SCALE in 8 bits, filled up (T, V or more).
+
+    The latter is also written, turned, to ``turned`` (V, T or more).
+    """
+    wide = padded(logits.shape[1])
+    if logits.is_cuda:
+        kernels = importlib.import_module(".kernels.loss_triton", __package__)
+        nll, narrow = kernels.errors(logits, goals, turned, wide, ERROR_SCALE, IGNORED)
+        return nll, narrow
+    nll, error = wide_errors(logits, goals)
+    rows, columns = logits.shape
+    filled = functional.pad(error * ERROR_SCALE, (0, wide - columns, 0, turned.shape[1] - rows)).to(BACKWARD)
+    turned.copy_(filled[:, :columns].t())
+    return nll, filled[:rows]
+
+
+def _head_tokens(rows: Tensor, vocab_size: int) -> tuple[int, int]:
+    """Tokens of a chunk and of a stretch of chunks: those of ``rows`` (T, D) in equal parts of whole tiles."""
+    limits = (limit.get(rows.device.type, FEWEST_ELEMENTS) // vocab_size for limit in (LOGIT_ELEMENTS, TURNED_ELEMENTS))
+    (most, at_once), n_tokens = (max(TILE, limit) for limit in limits), max(1, rows.shape[0])
+    size = -(-n_tokens // (TILE * -(-n_tokens // most))) * TILE
+    n_stretches = -(-n_tokens // (max(1, at_once // size) * size))
+    return size, -(-n_tokens // (size * n_stretches)) * size

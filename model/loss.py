@@ -5,6 +5,7 @@ N tokens, D d_model, V vocab_size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -71,18 +72,25 @@ class LMHead(nn.Linear):
         if targets is None:
             return super().forward(hidden)
         if torch.is_grad_enabled():
-            loss: Tensor = _FusedLoss.apply(hidden, self.weight, targets, self.errors)
+            gradients = functools.partial(_loss_and_gradients, errors=self.errors, wanted=True)
+            loss: Tensor = FusedLoss.apply(hidden, self.weight, targets, gradients)
             return loss
         return _loss_and_gradients(hidden, self.weight, targets, self.errors, wanted=False)[0]
 
 
-class _FusedLoss(torch.autograd.Function):
+class FusedLoss(torch.autograd.Function):
     """NLL of softmax(W h), gradients taken chunk by chunk during the forward pass: dh = (p - y) W, dW = (p - y)^T h."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, errors: Errors) -> Tensor:
-        """Sum over the chunks; the gradients wait for the scale that ``backward`` brings."""
-        total, d_hidden, d_weight = _loss_and_gradients(hidden, weight, targets, errors, wanted=True)
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        gradients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]],
+    ) -> Tensor:
+        """Sum over the chunks, by ``gradients``; those wait for the scale that ``backward`` brings."""
+        total, d_hidden, d_weight = gradients(hidden, weight, targets)
         ctx.save_for_backward(d_hidden, d_weight)
         return total
 
@@ -99,7 +107,7 @@ def _loss_and_gradients(
     """NLL, and where ``wanted`` its gradients by ``hidden`` and by ``weight``, which is summed in fp32 at least."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     # Autocast would cast the weight again for every chunk.
-    narrow = _autocast_dtype(weight)
+    narrow = autocast_dtype(weight)
     rows, matrix = hidden.to(narrow), weight.to(narrow)
     total = hidden.new_zeros((), dtype=wide)
     d_weight = torch.zeros_like(weight, dtype=wide) if wanted else total
@@ -126,13 +134,19 @@ def _add_product(total: Tensor, error: Tensor, rows: Tensor) -> None:
 
 def _errors(logits: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
     """``Errors`` in place, with one fp32 copy of the logits: (p - y) where a token is scored, zero elsewhere."""
+    nll, error = wide_errors(logits, goal)
+    return nll, error.to(logits.dtype)
+
+
+def wide_errors(logits: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+    """``Errors`` whose gradient is not rounded to half precision."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     error = torch.log_softmax(wide, -1)
     scored, index = goal != IGNORED, goal.clamp(min=0)[:, None]
     nll = -(error.gather(1, index)[:, 0] * scored).sum()
     error = error.exp_()
     error.scatter_add_(1, index, error.new_full((1, 1), -1.0).expand_as(index))
-    return nll, error.mul_(scored[:, None]).to(logits.dtype)
+    return nll, error.mul_(scored[:, None])
 
 
 def _errors_as_one(logits: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +159,8 @@ def _errors_as_one(logits: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
     return nll, (((wide - log_sum).exp() - aim.to(wide.dtype)) * scored[:, None]).to(logits.dtype)
 
 
-def _autocast_dtype(weight: Tensor) -> torch.dtype:
+def autocast_dtype(weight: Tensor) -> torch.dtype:
+    """What a product with ``weight`` is computed in."""
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 

@@ -31,13 +31,14 @@ def projections(spec: ModelSpec) -> dict[str, tuple[int, int]]:
     return found
 
 
+def fp8_fits(inputs: int, outputs: int) -> bool:
+    """Whether a projection, or a head, of these sizes trains in 8 bits."""
+    return min(inputs, outputs) >= FP8_SMALLEST and inputs % FP8_ALIGNMENT == 0
+
+
 def fp8_projections(sizes: Sizes) -> list[str]:
     """The names of those that ``model.fp8`` trains in 8 bits; the others stay in bf16."""
-    return [
-        name
-        for name, (inputs, outputs) in sizes.items()
-        if min(inputs, outputs) >= FP8_SMALLEST and inputs % FP8_ALIGNMENT == 0
-    ]
+    return [name for name, (inputs, outputs) in sizes.items() if fp8_fits(inputs, outputs)]
 
 
 def matching(names: Iterable[str], part: str) -> list[str]:

@@ -20,7 +20,15 @@ from pipelines.gates_names import name_faults
 from pipelines.graph import Registry, in_order, input_name, is_path
 from pipelines.recipe import Recipe
 from stages.base import ConfigError, Fault, Stage, without_operational
-from stages.runtime.artifact import ArtifactError, Job, ParentLink, canonical_digest, finished_of, read_record
+from stages.runtime.artifact import (
+    ArtifactError,
+    Job,
+    ParentLink,
+    canonical_digest,
+    finished_of,
+    lineage_key,
+    read_record,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +48,7 @@ class Node:
     @property
     def lineage(self) -> str:
         """What this stage contributes to its children's keys."""
-        return canonical_digest({"key": self.job.key, "extension": dict(self.job.extension)})
+        return lineage_key(self.job.key, self.job.extension)
 
 
 @dataclasses.dataclass(frozen=True)

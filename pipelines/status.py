@@ -12,6 +12,7 @@ from pipelines.gates_graph import gates_of
 from pipelines.staleness import extension_story, standing, variants
 from pipelines.table import age, with_last_column
 from stages.runtime import artifact
+from stages.runtime.journal import broken_lines
 
 
 def status(chain: Chain) -> list[dict[str, Any]]:
@@ -20,7 +21,7 @@ def status(chain: Chain) -> list[dict[str, Any]]:
     A finished evaluation with gates has its judgements under ``gates``, and the state ``gate closed`` where they stop
     the chain.
     """
-    return [_with_gates(chain, node, entry) for node in chain for entry in _entries(node)]
+    return [_with_broken_lines(_with_gates(chain, node, entry)) for node in chain for entry in _entries(node)]
 
 
 def status_lines(entries: list[dict[str, Any]], width: int | None = None) -> list[str]:
@@ -58,6 +59,15 @@ def _with_gates(chain: Chain, node: Node, entry: dict[str, Any]) -> dict[str, An
     note = "; ".join(told) or f"gates: {verdict_of(found)}"
     state = "gate closed" if told else entry["state"]
     return {**entry, "state": state, "note": note, "gates": [plain(one) for one in found]}
+
+
+def _with_broken_lines(entry: dict[str, Any]) -> dict[str, Any]:
+    """``entry`` with a word in the note on what cannot be read in the middle of its metrics."""
+    broken = broken_lines(Path(entry["directory"]))
+    if not broken:
+        return entry
+    which = f"line {broken[0]} is no row" if len(broken) == 1 else f"{len(broken)} lines are no rows, first {broken[0]}"
+    return {**entry, "note": "; ".join(filter(None, [entry["note"], f"{artifact.METRICS}: {which}"]))}
 
 
 def _entries(node: Node) -> list[dict[str, Any]]:

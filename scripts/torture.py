@@ -48,8 +48,8 @@ class Bench:
 
         self.root, self.lives = root, 0
         self.tokens = tiny_run.make_tokens(root / "tokens")
-        digest = write_manifest(self.tokens / "output")
-        record = {"format": artifact.FORMAT, "state": "done", "key": "0" * 64, "output_digest": digest}
+        self.digest = write_manifest(self.tokens / "output")
+        record = {"format": artifact.FORMAT, "state": "done", "key": "0" * 64, "output_digest": self.digest}
         artifact.write_record(self.tokens, record)
 
     def life(self, directory: Path, patch: Any = None, **how: Any) -> int:
@@ -84,7 +84,7 @@ class Bench:
             model=tiny_run.spec(),
             seed=17,
             directory=directory,
-            parents={"data": ParentLink("tokenize", "0" * 64, "0" * 64, self.tokens)},
+            parents={"data": ParentLink("tokenize", "0" * 64, self.digest, self.tokens)},
         )
         return lifecycle.execute(Pretrain(), job, lifecycle.Surroundings(self.root / "cache"))
 

@@ -133,6 +133,10 @@ class StageContext:
         """The sealed output folder of the parent that the config names in ``field``."""
         return self.parents[field] / "output"
 
+    def parent_digest(self, field: str) -> str | None:
+        """Under which digest that parent's output stands in the lineage; None where the record does not say."""
+        return ((self.record.get("parents") or {}).get(field) or {}).get("digest")
+
 
 @dataclasses.dataclass(frozen=True)
 class StageResult:

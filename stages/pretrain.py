@@ -34,8 +34,8 @@ class PretrainConfig(TrainingConfig):
     decay_embeddings: bool = False
     """Whether the embedding (and an untied head) is decayed too."""
     precision: Literal["bf16", "fp8", "fp32"] = "bf16"
-    """Arithmetic of matrix products: ``bf16`` autocasts, ``fp8`` (on a GPU) also runs the blocks' large projections in
-    8-bit floats; parameters and optimizer state stay fp32 in any."""
+    """Arithmetic of matrix products: ``bf16`` autocasts, ``fp8`` (on a GPU) also runs the blocks' large projections and
+    the gradients of the head in 8-bit floats; parameters and optimizer state stay fp32 in any."""
     residual: Literal["fp32", "bf16"] = later("fp32")
     """Dtype of the stream that blocks add to: ``bf16`` halves its traffic and rounds every sum."""
     compile: bool = operational(False)

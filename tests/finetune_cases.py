@@ -117,6 +117,14 @@ def finish(artifact: Path, metrics: dict[str, Any]) -> Path:
     return artifact
 
 
+def link(field: str, artifact: Path) -> Any:
+    """What a job says of a parent that ``finish`` finished."""
+    from stages.runtime.artifact import ParentLink, read_record
+
+    record = read_record(artifact) or {}
+    return ParentLink(field, KEY, record["output_digest"], artifact)
+
+
 def make_inputs(case: Case, directory: Path) -> dict[str, Path]:
     """Finished artifacts by the stage's input fields; the model is the tiny parent."""
     data = directory / "data"

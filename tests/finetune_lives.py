@@ -59,14 +59,14 @@ class Bench:
 
     def _execute(self, directory: Path, changes: dict[str, Any], ready: Callable[[], Any] = lambda: None) -> int:
         from stages.runtime import distributed, lifecycle
-        from stages.runtime.artifact import Job, ParentLink, canonical_digest
+        from stages.runtime.artifact import Job, canonical_digest
 
         identity = {"kind": self.kind, "code_version": 1, "sources": {}}
         job = Job(
             pipeline="lives", name=self.kind, kind=self.kind, key=canonical_digest(identity), identity=identity,
             extension={}, config=cases.config(self.case, **changes), model=cases.model(self.case), seed=17,
             directory=directory,
-            parents={field: ParentLink(field, cases.KEY, cases.KEY, path) for field, path in self.inputs.items()},
+            parents={field: cases.link(field, path) for field, path in self.inputs.items()},
         )  # fmt: skip
         around = lifecycle.Surroundings(self.root / "cache")
         stage = self.case.stage_class()()

@@ -57,6 +57,19 @@ def test_every_fault_of_a_file_is_named_at_once(folder):  # trap T7
     assert "set precision" in text
 
 
+@pytest.mark.parametrize("key", ["contiguous_gradients", "reduce_scatter"])
+def test_what_zero1_does_not_read_is_refused_unless_it_is_offloaded(folder, key):
+    with pytest.raises(ConfigError, match=rf"must hold what ZeRO-1 reads; got zero_optimization\.{key}.*remove it"):
+        engine_facts("mine", folder(zero_optimization={"stage": 1, key: True}))
+    for zero in ({"stage": 2}, {"stage": 1, "offload_optimizer": {"device": "cpu"}}):
+        assert zero_stage(engine_facts("mine", folder(zero_optimization=zero | {key: True}))) == zero["stage"]
+
+
+def test_a_key_of_gathers_that_nothing_reads_is_refused(folder):
+    with pytest.raises(ConfigError, match="allgather_bucket_size, which would be ignored"):
+        engine_facts("mine", folder(zero_optimization={"stage": 2, "allgather_bucket_size": 5}))
+
+
 @pytest.mark.parametrize("zero", [{"stage": 4}, {}, 1])
 def test_a_file_without_a_zero_stage_is_refused(folder, zero):
     with pytest.raises(ConfigError, match=r"must hold zero_optimization\.stage 0, 1, 2 or 3"):

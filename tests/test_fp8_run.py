@@ -87,6 +87,14 @@ def test_a_large_projection_that_stays_in_bf16_is_said():
     assert fp8_limits.fp8_lines(preset("helix_900m"), "bf16") == []
 
 
+@pytest.mark.parametrize(
+    ("vocab_size", "told"), [(50304, "the head's gradients too; its logits and"), (1008, "the head and")]
+)
+def test_what_of_the_head_runs_in_8_bits_is_said(vocab_size, told):
+    model = preset("hybrid_1b3").model_copy(update={"vocab_size": vocab_size})
+    assert fp8_limits.fp8_lines(model, "fp8") == [f"fp8: 126 of 138 projections, {told} the rest in bf16"]
+
+
 def test_the_residual_is_part_of_the_key_only_where_it_is_not_the_default():
     plain, narrow = (
         json.dumps(Pretrain.key_config(config(precision="bf16", **more))) for more in ({}, {"residual": "bf16"})
@@ -131,6 +139,7 @@ def test_a_run_in_fp8_with_a_narrow_stream_trains_resumes_and_keeps_its_names(tm
     prepare_model(model, config(**changes))
     assert [name for name, _ in model.named_parameters()] == names
     assert any(isinstance(module, fp8.Float8Linear) for module in model.modules())
+    assert isinstance(model.lm_head, fp8.Float8LMHead)
 
 
 def _stopped_after(at, step: int, monkeypatch) -> None:
@@ -169,4 +178,6 @@ def test_the_parity_benchmark_trains_both_and_writes_a_row_each(tmp_path, small_
     )
     assert all(set(wanted.split()) <= row.keys() for row in rows)
     assert rows[0]["heldout_nats_per_token"] != rows[1]["heldout_nats_per_token"]
-    assert "fp8 passes" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "fp8 passes" in printed
+    assert "the head's gradients too" in printed

@@ -203,6 +203,49 @@ def test_a_cap_is_met_across_phases_and_pushes_on(tokens):
     assert sum(second.values()) == pytest.approx(1)
 
 
+def test_a_source_that_grew_over_the_cap_is_lowered_from_what_it_grew_to():
+    # trap T5: aa gives up 0.6 of phase 0, of which bb takes half; from 1,300 tokens it then comes down to 1,170
+    asked = [{"aa": 0.8, "bb": 0.1, "cc": 0.1}, {"aa": 0.0, "bb": 0.9, "cc": 0.1}]
+    first, second = capped(asked, [1_000, 1_000], {"aa": 200, "bb": 1_170, "cc": 9_000}, 1.0)
+    assert first == pytest.approx({"aa": 0.2, "bb": 0.36, "cc": 0.44})
+    assert second == pytest.approx({"aa": 0, "bb": 0.81, "cc": 0.19})
+
+
+def any_mixture(rng):
+    """Shares in up to 3 phases of up to 5 sources, the phases' tokens, and the sources' tokens."""
+    names = "abcde"[: rng.integers(2, 6)]
+    weights = np.maximum(rng.integers(-2, 9, (rng.integers(1, 4), len(names))), 0) + 0.0
+    weights[:, 0] += ~weights.any(1)
+    asked = [dict(zip(names, row, strict=True)) for row in (weights / weights.sum(1, keepdims=True)).tolist()]
+    lengths = 100 * rng.integers(1, 20, len(asked))
+    return asked, lengths.tolist(), dict(zip(names, (30 * rng.integers(1, 40, len(names))).tolist(), strict=True))
+
+
+def test_capped_shares_of_any_mixture_are_shares_within_the_cap_or_the_cap_is_refused():
+    # trap T5
+    rng, fates = np.random.default_rng(0), []
+    for _ in range(1_500):
+        asked, lengths, held = any_mixture(rng)
+        try:
+            found = capped(asked, lengths, held, 2.0)
+        except DataError as error:
+            fates += [field for field, _ in error.faults]
+            continue
+        read = {name: sum(n * phase[name] for n, phase in zip(lengths, found, strict=True)) for name in held}
+        full = {name for name in held if read[name] > 2 * held[name] * (1 - 1e-9)}
+        assert all(read[name] <= 2 * held[name] * (1 + 1e-9) for name in held)
+        for before, phase in zip(asked, found, strict=True):
+            assert min(phase.values()) >= 0
+            assert sum(phase.values()) == pytest.approx(1, abs=1e-12)
+            assert all(phase[name] == 0 for name in held if before[name] == 0)
+            grown = [phase[name] / before[name] for name in held.keys() - full if before[name]]
+            assert grown == pytest.approx(grown[:1] * len(grown)), "those below the cap grow alike"
+            assert all(growth >= 1 - 1e-9 for growth in grown)
+        fates.append("pushed on" if len(full) > 1 else "capped" if full else "as asked")
+    assert set(fates) == {"cap_epochs", "pushed on", "capped", "as asked"}
+    assert min(map(fates.count, set(fates))) > 50
+
+
 def test_a_cap_that_the_data_cannot_meet_is_refused(tokens):
     # trap T5
     with pytest.raises(DataError, match=r"cap_epochs must let the sources bb, cc give the 5,120 tokens of the run"):

@@ -1,12 +1,14 @@
 """`--data DIR`: what is taken and what is left out is named, and too little text is refused before anything runs."""
 
+import gzip
 import json
 import os
 
 import pytest
 from fake_chain import write_recipe
 
-from data.own_text import MIN_DOCUMENTS, read_directory
+from data.own_text import MIN_DOCUMENTS, NAMED, read_directory
+from data.sources import SourceError
 from pipelines.run import main
 from stages import STAGES
 
@@ -88,6 +90,32 @@ def test_what_holds_no_text_becomes_no_source_and_is_named_with_the_reason(tmp_p
     ]
     assert (own.documents, own.files) == ({"own-text-en": 4}, {"own-text-en": 4})
     assert own.text_bytes == 4 * len(SENTENCE.format(1) * 4)
+
+
+def test_damaged_files_are_all_told_at_once(plan, tmp_path):
+    own = tmp_path / "own"
+    texts(own, 4)
+    # One that ends within, which shows when it is read through, and two that do not begin as they should.
+    (own / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": os.urandom(9999).hex()}).encode())[:5000])
+    (own / "c.txt.gz").write_bytes(b"no archive")
+    (own / "a.parquet").write_bytes(b"")
+    code, err = plan()
+    assert code == 2
+    said = [line.partition("; fetch")[0] for line in err.splitlines() if "damaged" in line]
+    assert len(said) == 1
+    head, files = said[0].split(" damaged files: ")
+    assert head.endswith(f"{own} holds 3")
+    assert [part.split(" (")[0] for part in files.split("), ")] == ["a.parquet", "b.jsonl.gz", "c.txt.gz"]
+    assert "after " in files.split("), ")[1]
+
+
+def test_of_many_damaged_files_some_are_named_and_the_rest_counted(tmp_path):
+    for number in range(NAMED + 3):
+        (tmp_path / f"{number:02}.parquet").write_bytes(b"no")
+    with pytest.raises(
+        SourceError, match=rf"holds {NAMED + 3} damaged files: 00\.parquet \(.*, and 3 more; fetch them"
+    ):
+        read_directory(tmp_path)
 
 
 def test_documents_are_counted_as_they_will_be_read(tmp_path):

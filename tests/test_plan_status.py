@@ -43,6 +43,45 @@ def test_one_record_that_cannot_be_read_hides_no_other_stage(cli, tmp_path, caps
     assert "cannot be read" in states["gather"][1]
 
 
+ROW = '{"event": "train", "step": 7, "time": "2026-01-01T00:00:00.000+00:00", "loss_nats_per_token": 2.5}'
+TORN = ROW[:50]
+GARBAGE = ["\0" * 40, '{"step": 7}', "[1]", '{"event": [], "step": 7}', '{"event": "resume", "step": "x"}', ROW[20:]]
+
+
+@pytest.mark.parametrize(
+    ("lines", "note"),
+    [
+        *(pytest.param([ROW, garbage, ROW], "metrics.jsonl: line 2 is no row", id=garbage) for garbage in GARBAGE),
+        pytest.param([ROW, "x", "y", ROW, "z", ROW], "metrics.jsonl: 3 lines are no rows, first 2", id="several"),
+        # What a kill or a power cut leaves at the end, which the next run cuts off.
+        pytest.param([ROW, TORN], "", id="torn"),
+        pytest.param([ROW, "\0" * 40, "\0" * 9 + TORN], "", id="blocks-left-empty"),
+        pytest.param([ROW, ROW], "", id="whole"),
+    ],
+)
+def test_status_notes_a_broken_row_of_metrics_unless_it_is_the_torn_end(cli, tmp_path, capsys, lines, note):
+    assert cli("--stage", "train", "--set", "train.ending=error") == 1
+    (metrics,) = (tmp_path / "runs").rglob("train-*/metrics.jsonl")
+    metrics.write_text("\n".join(lines))
+    capsys.readouterr()
+    assert cli("--status", "--json") == 0
+    found = {entry["stage"]: entry for entry in json.loads(capsys.readouterr().out)}
+    failed = "failed: RuntimeError: the sum is not finite"
+    assert found["train"]["note"] == (f"{failed}; {note}" if note else failed)
+    assert (found["train"]["step"], found["train"]["loss"], found["gather"]["note"]) == (7, 2.5, "")
+
+
+def test_a_broken_row_far_above_is_noted_of_every_artifact(cli, tmp_path, capsys):
+    assert cli("--stage", "train") == 0
+    assert cli("--stage", "train", "--set", "train.lr=1e-4") == 0
+    for metrics in (tmp_path / "runs").rglob("train-*/metrics.jsonl"):
+        metrics.write_text("\n".join([ROW, "x", *[ROW] * 1_000, ""]))
+    capsys.readouterr()
+    assert cli("--status", "--json") == 0
+    found = [entry["note"] for entry in json.loads(capsys.readouterr().out) if entry["stage"] == "train"]
+    assert found == ["metrics.jsonl: line 2 is no row"] * 2
+
+
 def test_plan_shows_keys_reasons_figures_and_disk(cli, tmp_path, capsys):
     assert cli("--stage", "train") == 0
     capsys.readouterr()

@@ -203,3 +203,17 @@ def test_a_sets_change_is_marked_and_gets_no_verdict(tmp_path):  # trap M3
     words = report_text(run_chain(make_chain(tmp_path, other), *names), MADE)
     assert words.count("other set: bbbbbbbb") == 3
     assert "▲" not in words
+
+
+def test_on_a_phone_every_value_of_a_row_stands_under_its_columns_name(text):
+    tables = re.findall(r'<table class="stacked">(.*?)</table>', text, re.DOTALL)
+    assert len(tables) >= 2, "scores by stage, and a comparison of variants"
+    for table in tables:
+        names = re.findall(r"<th>(.*?)</th>", table)[1:]
+        rows = [re.findall(r'<td class="value" data-of="(.*?)">', row) for row in table.split("<tr>")]
+        assert {tuple(row) for row in rows if row} == {tuple(names)}
+        assert len(re.findall('<td class="value"', table)) == sum(map(len, rows))
+    narrow = re.search(r"@media screen and \(max-width: (\d+)px\) \{(.*?)\n\}", text, re.DOTALL)
+    assert int(narrow[1]) >= 390
+    assert re.search(r"\.stacked tr \{ display: grid; grid-template-columns: repeat\(auto-fill, ", narrow[2])
+    assert ".stacked td[data-of]::before { content: attr(data-of); display: block;" in narrow[2]

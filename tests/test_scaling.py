@@ -102,8 +102,8 @@ def test_overlap_buckets_and_pieces_change_no_gradient(ranks):
 def test_communication_is_exposed_where_nothing_else_runs():
     kernels = [("ncclDevKernel_AllReduce", 0, 100), ("gemm", 40, 60), ("other", 50, 80), ("NCCL", 90, 130)]
     # 0 to 130 is communication; 40 to 80 of it is hidden.
-    assert traffic.exposed_ms(kernels) == (pytest.approx(0.130), pytest.approx(0.090))
-    assert traffic.exposed_ms([("gemm", 0, 5)]) == (0, 0)
+    assert traffic.times_ms(kernels) == (pytest.approx(0.040), pytest.approx(0.130), pytest.approx(0.090))
+    assert traffic.times_ms([("gemm", 0, 5)]) == (0.005, 0, 0)
 
 
 def test_points_are_read_from_the_command_line():
@@ -111,6 +111,10 @@ def test_points_are_read_from_the_command_line():
     assert (one.mode, one.engine, one.ranks) == ("weak", "zero1", 4)
     assert scaling.changes_of(one.changes) == {"overlap_comm": True, "reduce_bucket_size": 200_000_000}
     assert scaling.point("strong:zero3:8").changes == ""
+    assert scaling.point("weak8:zero1:2").mode == "weak8"
+    for wrong in ("weak0:zero1:2", "strong2:zero1:2"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            scaling.point(wrong)
     for wrong in ("flat:zero1:4", "weak::4", "weak:zero1:0", "weak:zero1:x", "weak:zero1:2:overlap_comm=yes"):
         with pytest.raises(argparse.ArgumentTypeError):
             scaling.point(wrong)
@@ -126,6 +130,7 @@ def test_points_share_a_launch_by_ranks_and_zero3_comes_last_in_it():
 def test_strong_points_share_the_global_batch_out():
     arguments = argparse.Namespace(micro_batch_size=8, global_batch_size=32)
     assert scaling.shares(scaling.point("weak:zero1:4"), arguments) == (8, 1)
+    assert scaling.shares(scaling.point("weak4:zero1:4"), arguments) == (8, 4)
     found = [scaling.shares(scaling.point(f"strong:zero1:{ranks}"), arguments) for ranks in (1, 2, 4, 8)]
     assert found == [(8, 4), (8, 2), (8, 1), (4, 1)]
     with pytest.raises(ValueError, match="must divide over 3"):

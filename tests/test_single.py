@@ -112,7 +112,7 @@ def test_nothing_trains_after_a_data_stage_that_outlived_the_launcher(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 @pytest.mark.parametrize("stage", ["gather", "train"])
 def test_a_request_between_started_and_the_stages_own_handlers_is_honoured(tmp_path, monkeypatch, number, stage):
-    verified, heard = lifecycle._verified_parents, []
+    verified, heard = lifecycle.verified_parents, []
 
     def verify(kind, job, previous):
         if job.name == stage:
@@ -122,7 +122,7 @@ def test_a_request_between_started_and_the_stages_own_handlers_is_honoured(tmp_p
     def heard_outside(number, frame):
         heard.append(number)
 
-    monkeypatch.setattr(lifecycle, "_verified_parents", verify)
+    monkeypatch.setattr(lifecycle, "verified_parents", verify)
     old = signal.signal(number, heard_outside)
     try:
         argv = ["--stage", "train", "--pipeline", str(write_recipe(tmp_path)), "--runs", str(tmp_path / "runs")]

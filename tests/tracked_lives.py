@@ -135,13 +135,13 @@ def one_life(root: Path, stage: Any, config: Any, parents: dict[str, Path]) -> d
     from kills import live
 
     from stages.runtime import lifecycle
-    from stages.runtime.artifact import Job, ParentLink, canonical_digest
+    from stages.runtime.artifact import Job, canonical_digest
 
     identity = {"kind": stage.kind, "code_version": 1, "sources": {}}
     job = Job(
         pipeline="lives", name=stage.kind, kind=stage.kind, key=canonical_digest(identity), identity=identity,
         extension={}, config=config, model=None, seed=17, directory=root / stage.kind,
-        parents={field: ParentLink(field, cases.KEY, cases.KEY, path) for field, path in parents.items()},
+        parents={field: cases.link(field, path) for field, path in parents.items()},
     )  # fmt: skip
 
     def body() -> int:

@@ -74,6 +74,8 @@ def update(
 ) -> None:
     """One step of ``flat``, ``first`` and ``second``, all 1-D and fp32."""
     owners, table, programs, aligned = _plan(layout.pieces, flat.device)
+    if not programs:  # What lies on this rank of a small group may be padding alone.
+        return
     aligned = aligned and pieces.are_aligned and all(base.data_ptr() % 16 == 0 for base in (flat, first, second))
     adamw_kernel[(programs,)](
         flat, first, second, pieces.addresses, owners, table, rule.factor, rule.lr * rule.weight_decay,

@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from model.spec import ModelSpec
-from stages.runtime.manifest import MANIFEST, write_atomic
+from stages.runtime.manifest import sealed_digest, write_atomic
 from stages.runtime.scrub import scrub
 
 FORMAT = 1
@@ -99,6 +99,11 @@ def canonical_digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def lineage_key(key: str, extension: Mapping[str, Any]) -> str:
+    """What the run of ``key`` as far as ``extension`` adds to its children's keys."""
+    return canonical_digest({"key": key, "extension": dict(extension)})
+
+
 def now() -> str:
     """This moment in UTC as ISO-8601 with seconds."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -147,11 +152,7 @@ def finished_of(record: Mapping[str, Any] | None, directory: Path) -> Mapping[st
     if record is None or record["state"] == "done":
         return record
     kept: Mapping[str, Any] | None = record.get("finished")
-    try:
-        sealed = hashlib.sha256((directory / "output" / MANIFEST).read_bytes()).hexdigest()
-    except OSError:
-        return None
-    return kept if kept is not None and kept["output_digest"] == sealed else None
+    return kept if kept is not None and kept["output_digest"] == sealed_digest(directory / "output") else None
 
 
 def is_done(record: Mapping[str, Any] | None, job: Job) -> bool:
@@ -217,6 +218,8 @@ def last_events(directory: Path) -> dict[str, dict[str, Any]]:
             row = json.loads(line)
             event, step = row["event"], row["step"]
         except (ValueError, KeyError, TypeError):
+            continue
+        if not (isinstance(event, str) and isinstance(step, int)):
             continue
         if event == "resume":
             # What stood above is of a future that was lost.

@@ -46,11 +46,14 @@ STAGE_OWNED = {
 ENGINE_KEYS = {"zero_optimization", "wall_clock_breakdown", "memory_breakdown", "comms_logger", "flops_profiler"}
 
 ZERO_KEYS = {
-    "stage", "contiguous_gradients", "overlap_comm", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
-    "allgather_bucket_size", "use_multi_rank_bucket_allreduce", "round_robin_gradients", "sub_group_size",
-    "memory_efficient_linear", "offload_param", "offload_optimizer", "stage3_max_live_parameters",
-    "stage3_max_reuse_distance", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
+    "stage", "contiguous_gradients", "overlap_comm", "reduce_scatter", "reduce_bucket_size",
+    "use_multi_rank_bucket_allreduce", "round_robin_gradients", "sub_group_size", "memory_efficient_linear",
+    "offload_param", "offload_optimizer", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+    "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
 }  # fmt: skip
+
+UNREAD_BY_ZERO1 = ("contiguous_gradients", "reduce_scatter")
+"""What ZeRO-1 without off-loading has no use for: its gradients are reduced where they are (``zero_one``)."""
 
 
 def engine_facts(name: str, directory: Path = DS_CONFIGS) -> dict[str, Any]:
@@ -192,6 +195,12 @@ def _key_faults(name: str, facts: Any) -> list[str]:
     ]
     faults += [_unknown(file, key, ENGINE_KEYS) for key in facts if key not in STAGE_OWNED and key not in ENGINE_KEYS]
     faults += [_unknown(file, f"zero_optimization.{key}", ZERO_KEYS) for key in zero if key not in ZERO_KEYS]
+    if zero["stage"] == 1 and not offloads(facts):
+        faults += [
+            f"{file} must hold what ZeRO-1 reads; got zero_optimization.{key}, which it does not; remove it"
+            for key in UNREAD_BY_ZERO1
+            if key in zero
+        ]
     faults += [f"{file} must hold plain values; got auto for {key}; write the value" for key in _autos(facts)]
     return faults
 

@@ -27,6 +27,8 @@ from model.export.llama_cpp import LlamaCpp
 from stages.base import StageContext, StageResult
 from stages.runtime import export_formats
 from stages.runtime.export_tokens import TokenParity, compare_ids
+from stages.runtime.manifest import sealed_digest
+from stages.runtime.parents import unchanged
 from stages.runtime.parity import Parity, ParityError, StoredLogits, parity_windows
 from stages.runtime.suites.scores import content_hash
 from stages.runtime.warm_start import spec_of
@@ -59,10 +61,13 @@ class Exporting:
         """Write, measure, judge.
 
         Raises:
+            CheckpointError: where the parent's output gave way to a longer run's meanwhile.
             ParityError: naming every format that is beyond its bound.
         """
         model_room.register()
-        with quiet(), threads(1), torch.no_grad():
+        digest = self.context.parent_digest("from_") or sealed_digest(self.source)
+        # The parent is read anew for each format.
+        with unchanged(self.source, digest), quiet(), threads(1), torch.no_grad():
             path = self.context.work / "reference.f32"
             self.reference = StoredLogits(path, self.windows, self.spec.vocab_size)
             try:

@@ -89,7 +89,7 @@ class Finetuning(ABC):
         ids = tokenizers.special_ids(self.parent)
         end, pad = ids[tokenizers.END_OF_TEXT], ids[tokenizers.PAD]
         model = HybridForCausalLM(HybridConfig.from_spec(self.spec, eos_token_id=end, pad_token_id=pad)).float()
-        load_weights(self.parent, model)
+        load_weights(self.parent, model, self.context.parent_digest("from_"))
         # A turn's end stops an answer, wherever the model goes from here.
         model.generation_config.eos_token_id = [ids[tokenizers.IM_END], end]
         return model

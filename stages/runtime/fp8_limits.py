@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from model.projections import FP8_ALIGNMENT, FP8_SMALLEST, fp8_projections, projections
+from model.projections import FP8_ALIGNMENT, FP8_SMALLEST, fp8_fits, fp8_projections, projections
 from model.spec import ModelSpec
 from stages.base import Fault
 
@@ -58,7 +58,8 @@ def fp8_lines(model: ModelSpec, precision: str) -> list[str]:
     left: dict[str, tuple[int, int]] = {
         name.split(".", 3)[3]: size for name, size in sizes.items() if name not in taken and min(size) >= FP8_SMALLEST
     }
-    lines = [f"fp8: {len(taken)} of {len(sizes)} projections, the rest and the head in bf16"]
+    head = "the head's gradients too; its logits and" if fp8_fits(model.d_model, model.vocab_size) else "the head and"
+    lines = [f"fp8: {len(taken)} of {len(sizes)} projections, {head} the rest in bf16"]
     return lines + [
         f"fp8: {name} ({inputs} x {outputs}) stays in bf16: inputs must be a multiple of {FP8_ALIGNMENT}"
         for name, (inputs, outputs) in left.items()

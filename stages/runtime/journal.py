@@ -136,13 +136,30 @@ def parsed(line: bytes) -> dict[str, Any] | None:
     """The row in a line, its non-finite values restored; none where the line is not a row."""
     try:
         row = json.loads(line)
-    except ValueError:
+        if not (isinstance(row["event"], str) and isinstance(row["step"], int)):
+            return None
+        for name, spelling in row.pop("nonfinite", {}).items():
+            row[name] = float(spelling)
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    if not isinstance(row, dict) or "event" not in row or "step" not in row:
-        return None
-    for name, spelling in row.pop("nonfinite", {}).items():
-        row[name] = float(spelling)
-    return row
+    return dict(row)
+
+
+def broken_lines(directory: Path) -> list[int]:
+    """Numbers of the lines that are no row though rows follow; what a kill leaves at the end is not among them."""
+    path = Path(directory) / METRICS_FILE
+    found: list[int] = []
+    doubtful: list[int] = []
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if parsed(line) is None:
+                doubtful.append(number)
+            elif doubtful:
+                found += doubtful
+                doubtful = []
+    return found
 
 
 def count_lines(path: Path) -> int:

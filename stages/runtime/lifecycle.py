@@ -24,8 +24,6 @@ from stages.base import (
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_SAVED,
-    ConfigError,
-    Fault,
     Stage,
     StageContext,
     StageResult,
@@ -33,13 +31,14 @@ from stages.base import (
 )
 from stages.runtime import artifact, distributed, peers
 from stages.runtime.artifact import ArtifactError, Job
-from stages.runtime.checkpoint import CheckpointError, seal, verify_manifest
+from stages.runtime.checkpoint import seal
 from stages.runtime.code import write_code
 from stages.runtime.console import copied_to
 from stages.runtime.faults import DONE, Ending, ending_of, is_refusal
 from stages.runtime.lock import ArtifactBusyError, hold
 from stages.runtime.lost import end_without, tell_for_rank_zero
 from stages.runtime.out_of_memory import explained
+from stages.runtime.parents import verified_parents
 from stages.runtime.stop_file import clear_old
 from stages.runtime.tracking import open_tracker
 
@@ -96,7 +95,7 @@ def _attempt(
     started = time.monotonic()
     tracker = None
     try:
-        digests = _verified_parents(stage, job, previous)
+        digests = verified_parents(stage, job, previous)
         record["parents"] = {name: {**link, "digest": digests[name]} for name, link in record["parents"].items()}
         artifact.write_record(job.directory, record)
         tracker = _open_tracker(job, around)
@@ -200,52 +199,6 @@ def _link(job: Job, name: str, previous: Mapping[str, Any] | None) -> dict[str, 
     parent = job.parents[name]
     digest = ((previous or {}).get("parents", {}).get(name) or {}).get("digest")
     return {**dataclasses.asdict(parent), "path": str(parent.path), "digest": digest}
-
-
-def _verified_parents(stage: Stage, job: Job, previous: Mapping[str, Any] | None) -> dict[str, str]:
-    """Output digests by field, every byte of each parent's output checked.
-
-    Raises:
-        ArtifactError: when a parent is not the finished artifact that the job's key was made from.
-        CheckpointError: when a parent's files do not match their manifest.
-        ConfigError: when a parent does not fit this stage, or changed under a run that is to be continued.
-    """
-    digests = {}
-    for name, link in job.parents.items():
-        record = artifact.finished_of(artifact.read_record(link.path), link.path)
-        if record is None or record["key"] != link.key:
-            raise ArtifactError(f"parent {link.stage} in {link.path} is not done; run it first")
-        try:
-            digests[name] = verify_manifest(link.path / "output")
-        except CheckpointError as error:
-            again = f"restore it, or make it anew: rm -r {artifact.shown(link.path)}, then run stage {link.stage}"
-            raise CheckpointError(f"parent {link.stage} is damaged: {error}; {again}") from error
-        if digests[name] != record["output_digest"]:
-            raise ArtifactError(
-                f"parent {link.stage}: the output in {link.path} is not the one that its {artifact.RECORD} names; "
-                "delete that directory and run it anew"
-            )
-    faults = _changed_parents(job, previous, digests)
-    faults += type(stage).check_parents(job.config, job.model, {name: link.path for name, link in job.parents.items()})
-    if faults:
-        raise ConfigError(faults)
-    return digests
-
-
-def _changed_parents(job: Job, previous: Mapping[str, Any] | None, digests: Mapping[str, str]) -> list[Fault]:
-    """Faults for a run that would go on from its checkpoints on other inputs than it began with."""
-    if previous is None or not artifact.checkpoint_steps(job.directory):
-        return []
-    began = {name: (link or {}).get("digest") for name, link in previous.get("parents", {}).items()}
-    return [
-        Fault(
-            name.rstrip("_"),
-            f"must be the artifact that this run began with ({str(began[name])[:8]}); {job.parents[name].stage} has "
-            f"other content now ({digest[:8]}); delete {artifact.shown(job.directory)} to start it over",
-        )
-        for name, digest in digests.items()
-        if began.get(name) not in (None, digest)
-    ]
 
 
 def _open_tracker(job: Job, around: Surroundings) -> Any:

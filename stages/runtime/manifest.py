@@ -58,6 +58,14 @@ def verify_manifest(directory: Path) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def sealed_digest(directory: Path) -> str | None:
+    """SHA-256 of the manifest that lies in ``directory`` at this moment, nothing checked; None where there is none."""
+    try:
+        return hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
 def damage_at_a_glance(directory: Path, digest: str | None = None) -> str | None:
     """What is wrong with a sealed directory, by names and sizes alone; None where nothing is.
 

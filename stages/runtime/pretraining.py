@@ -99,6 +99,7 @@ class Pretraining:
             eos_id=info.eos_id,
             pad_id=info.pad_id,
             weights=self.context.parent_output("from_") if "from_" in self.context.parents else None,
+            digest=self.context.parent_digest("from_"),
         )
 
     def _loop(self, watch: Any) -> TrainLoop:

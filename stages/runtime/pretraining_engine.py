@@ -51,11 +51,12 @@ def build_engine(
     eos_id: int,
     pad_id: int,
     weights: Path | None = None,
+    digest: str | None = None,
 ) -> tuple[HybridForCausalLM, TrainingEngine]:
-    """The model, with the ``weights`` of that folder where one is given, and its engine, proven in precision."""
+    """The model (weights of the folder ``weights``, sealed as ``digest``) and its engine, proven in precision."""
     model = HybridForCausalLM(HybridConfig.from_spec(spec, eos_token_id=eos_id, pad_token_id=pad_id)).float()
     if weights is not None:
-        load_weights(weights, model)
+        load_weights(weights, model, digest)
     prepare_model(model, config)
     # Names are taken before the engine: ZeRO-3 flattens what it partitions.
     islands, kept = init.fp32_islands(model), undecayed(model, config.decay_embeddings)
@@ -75,7 +76,7 @@ def prepare_model(model: HybridForCausalLM, config: Any) -> None:
     if config.residual == "bf16":
         model.model.residual_dtype = torch.bfloat16
     if config.precision == "fp8":
-        convert_to_fp8(model.model)
+        convert_to_fp8(model)
 
 
 def undecayed(model: HybridForCausalLM, decay_embeddings: bool) -> set[str]:

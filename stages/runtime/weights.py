@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from data.tokenizer import INFO_FILE, TOKEN_BYTES_FILE, TOKENIZER_FILES
 from stages.runtime import distributed
-from stages.runtime.manifest import MANIFEST, CheckpointError, verify_manifest
+from stages.runtime.manifest import MANIFEST, CheckpointError, sealed_digest, verify_manifest
+from stages.runtime.parents import unchanged
 
 if TYPE_CHECKING:
     import torch
@@ -36,17 +37,28 @@ def save_weights(directory: Path, model: Any, tokenizer_dir: Path | None) -> Non
     distributed.on_rank_zero(lambda: _write(directory, model, state, tokenizer_dir))
 
 
-def load_weights(directory: Path, model: Any) -> str:
+def load_weights(directory: Path, model: Any, digest: str | None = None) -> str:
     """Verify ``directory`` against its manifest, then load its safetensors into ``model``, name for name.
 
     The manifest lies in ``directory`` or in its parent (a sealed output that holds the model in a folder). Collective;
-    returns the manifest's SHA-256. Values are cast to the dtype that the model holds.
+    returns the manifest's SHA-256, which must be ``digest`` where rank 0 gives one. Values are cast to the dtype that
+    the model holds.
 
     Raises:
-        CheckpointError: for a faulty file, or names or shapes that do not fit the model.
+        CheckpointError: for a faulty file, names or shapes that do not fit the model, or another output that took the
+            place of this one since ``digest`` was recorded or while it was read.
     """
     sealed = next((folder for folder in (directory, directory.parent) if (folder / MANIFEST).is_file()), directory)
-    digest = distributed.on_rank_zero(lambda: verify_manifest(sealed))
+    began = distributed.on_rank_zero(lambda: digest or sealed_digest(sealed))
+    with unchanged(sealed, began):
+        found = distributed.on_rank_zero(lambda: verify_manifest(sealed))
+        _load(directory, model)
+        # Nobody looks whether it is still the same before everybody has read it.
+        distributed.barrier()
+    return found
+
+
+def _load(directory: Path, model: Any) -> None:
     stored = dict(_stored_tensors(directory))
     targets = dict(model.named_parameters()) | _persistent_buffers(model)
     tied = _tied_names(model)
@@ -59,7 +71,6 @@ def load_weights(directory: Path, model: Any) -> str:
     if faults:
         raise CheckpointError(f"{directory} does not fit the model: {'; '.join(faults)}; check the model section")
     _copy_in(stored, targets)
-    return digest
 
 
 def _gathered_state(model: Any) -> dict[str, torch.Tensor]:

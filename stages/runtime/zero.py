@@ -1,6 +1,6 @@
 """What our optimizers and our clock need of DeepSpeed's ZeRO-1/2, put in place once its engine stands.
 
-DeepSpeed 0.19's class is reached into here, in ``zero_single`` and nowhere else.
+DeepSpeed 0.19's class is reached into here, in ``zero_one`` and nowhere else.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from stages.runtime import distributed, flat, zero_single
+from stages.runtime import flat, zero_one
+from stages.runtime.clipping import clipping_factor, sum_of_squares
 from stages.runtime.optimizer_base import GatedAdamW
 
 
@@ -31,10 +32,11 @@ def attach(engine: Any, optimizer: GatedAdamW) -> None:
     optimizer.layouts = layouts(zero)
     if zero.cpu_offload:
         return
-    zero.get_grad_norm_direct = functools.partial(grad_norm, group=zero.dp_process_group)
-    zero.unscale_and_clip_grads = functools.partial(_clip, zero)
-    if distributed.world_size() == 1 and not zero.partition_gradients and not zero.overlap_comm:
-        zero_single.take_over(zero)
+    if zero.partition_gradients:
+        zero.get_grad_norm_direct = functools.partial(grad_norm, group=zero.dp_process_group)
+        zero.unscale_and_clip_grads = functools.partial(_clip, zero)
+    else:
+        zero_one.take_over(zero, engine.module.parameters())
 
 
 def layouts(zero: Any) -> dict[int, flat.Layout]:
@@ -55,14 +57,10 @@ def layouts(zero: Any) -> dict[int, flat.Layout]:
 def grad_norm(gradients: Iterable[torch.Tensor], parameters: Any, norm_type: float = 2, *, group: Any) -> torch.Tensor:
     """L2 norm of one group's gradients over all ranks of ``group``, the same on each; -1 where it is not finite.
 
-    DeepSpeed's arithmetic, in which every tensor's norm is taken in fp64, without its fp64 copy of every tensor: where
-    the device has a kernel for many tensors, it accumulates in fp64 as it reads. ``parameters``, of which ``gradients``
-    may hold a part, are not needed without model parallelism.
+    ``parameters``, of which ``gradients`` may hold a part, are not needed without model parallelism.
     """
     assert norm_type == 2, "no other norm is clipped by"
-    tensors = list(gradients)
-    norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64))
-    total = norms.square().sum().float()
+    total = sum_of_squares(gradients)
     torch.distributed.all_reduce(total, group=group)
     norm = total.sqrt()
     return torch.where(norm.isfinite(), norm, -1.0)
@@ -70,6 +68,6 @@ def grad_norm(gradients: Iterable[torch.Tensor], parameters: Any, norm_type: flo
 
 def _clip(zero: Any, gradients: Iterable[torch.Tensor], norm: torch.Tensor) -> None:
     """Clip ``gradients`` as DeepSpeed does, but for its pass that multiplies by one. The loss of fp32 has no scale."""
-    factor = zero_single.clipping_factor(float(norm), zero.clip_grad)
+    factor = clipping_factor(float(norm), zero.clip_grad)
     if factor != 1.0:
         torch._foreach_mul_(list(gradients), factor)

@@ -204,18 +204,21 @@ def greedy(max_new_tokens: int) -> dict[str, Any]:
     return {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": max_new_tokens}
 
 
-def open_bench(parent: Path, *, batch_size: int, precision: str, inputs: Mapping[str, Path]) -> Bench:
+def open_bench(
+    parent: Path, *, batch_size: int, precision: str, inputs: Mapping[str, Path], digest: str | None = None
+) -> Bench:
     """Load the finished model of ``parent`` (its output folder) in fp32, onto a GPU if there is one.
 
     Raises:
-        CheckpointError: for damaged files, or weights that do not fit ``config.json``.
+        CheckpointError: for damaged files, weights that do not fit ``config.json``, or an output that is not, or no
+            longer, the one of ``digest``.
     """
     # A tokenizer is loaded beside a config.json whose architecture transformers must know.
     register()
     specials = tokenizers.special_ids(parent)
     end, pad = specials[tokenizers.END_OF_TEXT], specials[tokenizers.PAD]
     model = HybridForCausalLM(HybridConfig.from_spec(spec_of(parent), eos_token_id=end, pad_token_id=pad)).float()
-    load_weights(parent, model)
+    load_weights(parent, model, digest)
     device = torch.device(f"cuda:{distributed.local_rank()}" if torch.cuda.is_available() else "cpu")
     model = model.to(device).eval()
     return Bench(model, tokenizers.load(parent), specials, device, precision, batch_size, inputs)

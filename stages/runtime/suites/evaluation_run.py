@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import time
@@ -22,7 +21,7 @@ from data.fetch import fetch_package
 from stages.base import ConfigError, Fault, StageContext, StageResult, StopRequested
 from stages.runtime import distributed, rng
 from stages.runtime.artifact import read_record
-from stages.runtime.manifest import MANIFEST
+from stages.runtime.manifest import sealed_digest
 from stages.runtime.suites.bench import Bench, few_threads, open_bench
 from stages.runtime.suites.harness_local import file_input
 from stages.runtime.suites.intervals import reason
@@ -50,12 +49,16 @@ def evaluate_model(context: StageContext) -> StageResult:
     if distributed.rank() == 0:
         context.output.mkdir(parents=True, exist_ok=True)
         context.work.mkdir(parents=True, exist_ok=True)
-    digests = {field: _digest(context.parent_output(field)) for field in context.parents}
+    digests = {field: sealed_digest(context.parent_output(field)) for field in context.parents}
     inputs = {field: context.parent_output(field) for field in context.parents} | _files(config, context.cache)
     found: dict[str, dict[str, Any]] = {}
     with rng.undisturbed(), _stoppable(context.directory) as stop_if_asked:
         bench = open_bench(
-            context.parent_output("from_"), batch_size=config.batch_size, precision=config.precision, inputs=inputs
+            context.parent_output("from_"),
+            batch_size=config.batch_size,
+            precision=config.precision,
+            inputs=inputs,
+            digest=context.parent_digest("from_") or digests["from_"],
         )
         _check(bench, chosen)
         with few_threads(bench.model):
@@ -65,7 +68,7 @@ def evaluate_model(context: StageContext) -> StageResult:
                 found[name] = _result(name, context.work, stamp, functools.partial(SUITES[name].run, bench, section))
     if distributed.rank() > 0:
         return StageResult({})
-    return _write(context, found)
+    return _write(context, found, digests["from_"])
 
 
 def _check(bench: Bench, chosen: Mapping[str, Any]) -> None:
@@ -152,7 +155,7 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-def _write(context: StageContext, found: Mapping[str, Mapping[str, Any]]) -> StageResult:
+def _write(context: StageContext, found: Mapping[str, Mapping[str, Any]], digest: str | None) -> StageResult:
     scores = [score for result in found.values() for score in result["scores"]]
     samples = [sample for result in found.values() for sample in result["samples"]]
     parent = read_record(context.parents["from_"]) or {}
@@ -161,7 +164,8 @@ def _write(context: StageContext, found: Mapping[str, Mapping[str, Any]]) -> Sta
         "format": FORMAT,
         "stage": parent.get("stage"),
         "key": parent.get("key"),
-        "digest": _digest(context.parent_output("from_")),
+        # As it was when it was loaded: a longer run's output may lie there by now.
+        "digest": digest,
         "confidence": CONFIDENCE,
         "settings": {"batch_size": context.config.batch_size, "precision": context.config.precision},
         "scores": scores,
@@ -203,11 +207,6 @@ def summary(content: Mapping[str, Any], samples: list[dict[str, Any]]) -> list[s
             text = " ".join(sample["completion"].split())
             lines.append(f"{sample['prompt'][-1]['content']} -> {text[:90]}")
     return lines
-
-
-def _digest(output: Path) -> str:
-    """What a sealed output is known by: its manifest's SHA-256."""
-    return hashlib.sha256((output / MANIFEST).read_bytes()).hexdigest()
 
 
 def _dump(path: Path, content: Any) -> None:
