@@ -70,6 +70,17 @@ def test_a_key_of_gathers_that_nothing_reads_is_refused(folder):
         engine_facts("mine", folder(zero_optimization={"stage": 2, "allgather_bucket_size": 5}))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("reduce_bucket_size", "x"), ("reduce_bucket_size", 0), ("reduce_bucket_size", 1.5), ("overlap_comm", 3)],
+)
+def test_a_value_that_the_engine_would_end_on_is_refused_before(folder, key, value):
+    with pytest.raises(ConfigError, match=rf"zero_optimization\.{key} must be .*got {value!r}; set"):
+        engine_facts("mine", folder(zero_optimization={"stage": 1, key: value}))
+    fine = {"stage": 1, "reduce_bucket_size": 5e8, "overlap_comm": False}
+    assert engine_facts("mine", folder(zero_optimization=fine))["zero_optimization"] == fine
+
+
 @pytest.mark.parametrize("zero", [{"stage": 4}, {}, 1])
 def test_a_file_without_a_zero_stage_is_refused(folder, zero):
     with pytest.raises(ConfigError, match=r"must hold zero_optimization\.stage 0, 1, 2 or 3"):

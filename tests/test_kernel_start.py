@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 
 import pytest
@@ -10,12 +11,16 @@ from test_kernels import on_hopper
 from tiny_run import config, spec
 
 from model import fast
+from model.config import HybridConfig
 from model.kernels.limits import KERNELS
+from model.lm import HybridForCausalLM
 from model.presets import preset
 from model.spec import ModelSpec
 from pipelines.run import main
+from stages.base import ConfigError
 from stages.runtime.kernel_cache import INDUCTOR, KEPT_TUNING, TRITON, kernel_cache, use_kernel_cache
 from stages.runtime.patience import patience
+from stages.runtime.pretraining_engine import backend_lines
 from stages.runtime.warm_up import random_batch, warm_up
 
 
@@ -161,3 +166,11 @@ def test_the_first_step_of_a_compiling_run_says_what_the_wait_is(tmp_path, capsy
     first = next(line for line in told if line.startswith("step 1/3"))
     assert told.index(waits[0]) < told.index(first) < told.index(ends[0])
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed")
+def test_a_backend_that_is_not_there_is_one_fault_of_the_recipe():  # trap K2
+    model = with_mixer("local", backend="flash_attn", window=None, global_tokens=0)
+    built = HybridForCausalLM(HybridConfig.from_spec(model, eos_token_id=0, pad_token_id=1))
+    with pytest.raises(ConfigError, match=r"must name what is installed; got flash_attn.*set backend: auto"):
+        backend_lines(built, "bf16")

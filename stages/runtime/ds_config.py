@@ -202,6 +202,19 @@ def _key_faults(name: str, facts: Any) -> list[str]:
             if key in zero
         ]
     faults += [f"{file} must hold plain values; got auto for {key}; write the value" for key in _autos(facts)]
+    return faults + _value_faults(file, zero)
+
+
+def _value_faults(file: str, zero: Mapping[str, Any]) -> list[str]:
+    """What DeepSpeed would end on, or take for something else, long after the start."""
+    faults = []
+    for key in ("overlap_comm", "use_multi_rank_bucket_allreduce", "contiguous_gradients"):
+        if not isinstance(zero.get(key, True), bool) and zero[key] != "auto":
+            faults.append(f"{file}: zero_optimization.{key} must be true or false; got {zero[key]!r}; set true")
+    size = zero.get("reduce_bucket_size", 1)
+    if size != "auto" and not (type(size) in (int, float) and size >= 1 and size == int(size)):
+        must = "must be a whole number of elements, 1 or more"
+        faults.append(f"{file}: zero_optimization.reduce_bucket_size {must}; got {size!r}; set 500000000")
     return faults
 
 

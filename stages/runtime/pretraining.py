@@ -14,7 +14,6 @@ import transformers
 from data import baselines
 from data.heldout import HeldoutSet
 from model import cost
-from model.lm import model_backends
 from stages.base import ConfigError, Fault, StageContext, StageResult, StopRequested
 from stages.runtime import distributed, ds_config, rng, settings, warm_start
 from stages.runtime.alarms import Alarms
@@ -29,7 +28,7 @@ from stages.runtime.kernel_cache import kernel_cache
 from stages.runtime.loop import LoopSettings, TrainLoop
 from stages.runtime.manifest import MANIFEST
 from stages.runtime.patience import patience
-from stages.runtime.pretraining_engine import build_engine, checked_engine_config
+from stages.runtime.pretraining_engine import backend_lines, build_engine, checked_engine_config
 from stages.runtime.progress import EvaluationProgress, Progress, count_of, peak_flops
 from stages.runtime.schedule import lr_at, same_path
 from stages.runtime.training_data import TrainingData
@@ -219,8 +218,7 @@ class Pretraining:
         )
         for line in self.data.lines():
             progress.say(line)
-        dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
-        for line in [*model_backends(self.model, dtype), *fp8_lines(self.spec, config.precision)]:
+        for line in [*backend_lines(self.model, config.precision), *fp8_lines(self.spec, config.precision)]:
             progress.say(f"  {line}")
 
     def _evaluate(self) -> dict[str, Any]:

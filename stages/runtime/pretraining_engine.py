@@ -11,9 +11,9 @@ from model import init
 from model.block import compile_parts
 from model.config import HybridConfig
 from model.fp8 import convert_to_fp8
-from model.lm import HybridForCausalLM
+from model.lm import HybridForCausalLM, model_backends
 from model.spec import ModelSpec
-from stages.base import ConfigError
+from stages.base import ConfigError, Fault
 from stages.runtime import distributed, ds_config
 from stages.runtime.checkpoint import load_weights
 from stages.runtime.engine import TrainingEngine
@@ -66,6 +66,18 @@ def build_engine(
     engine = TrainingEngine(model, optimizer, engine_config)
     engine.assert_precision(islands, kept)
     return model, engine
+
+
+def backend_lines(model: HybridForCausalLM, precision: str) -> list[str]:
+    """What computes each layer, one line a layer.
+
+    Raises:
+        ConfigError: where a backend was asked for by name and is not there.
+    """
+    try:
+        return model_backends(model, torch.float32 if precision == "fp32" else torch.bfloat16)
+    except ValueError as error:
+        raise ConfigError([Fault("model.mixers", str(error))]) from error
 
 
 def prepare_model(model: HybridForCausalLM, config: Any) -> None:

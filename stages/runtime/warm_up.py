@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from model.lm import model_backends
 from model.spec import ModelSpec
 from stages.runtime import distributed, rng
 from stages.runtime.engine import TrainingEngine, prepare_environment
 from stages.runtime.kernel_cache import kernel_cache
 from stages.runtime.patience import patience
-from stages.runtime.pretraining_engine import build_engine, checked_engine_config
+from stages.runtime.pretraining_engine import backend_lines, build_engine, checked_engine_config
 from stages.runtime.progress import duration
 
 DOCUMENT_TOKENS = 256
@@ -32,8 +31,7 @@ def warm_up(config: Any, spec: ModelSpec, seed: int) -> None:
     engine_config = checked_engine_config(config)
     rng.seed_all(seed)
     model, engine = build_engine(config, spec, engine_config, eos_id=0, pad_id=1)
-    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
-    for line in model_backends(model, dtype):
+    for line in backend_lines(model, config.precision):
         _say(f"  {line}")
     steps = engine_config["gradient_accumulation_steps"]
     for name, packed in (("rows of one document", False), ("packed rows", True)):
